@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Make the synthetic phantom cohort of a preset: CTs, organ labels and x-rays, split by patient.
+
+    python data_scripts/make_phantoms.py --preset tiny --out data/tiny-lung
+
+A killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from difr3ct_core.datasets import make_cohort
+from difr3ct_core.files import InputError
+from difr3ct_core.presets import PRESETS, get_preset
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
+    parser.add_argument("--cohort", choices=["lung", "thoracic", "intact"], help="by default the preset's")
+    parser.add_argument("--out", type=Path, help="by default data/PRESET-COHORT")
+    parser.add_argument("--workers", type=int, help="processes; by default one per core")
+    options = parser.parse_args(arguments)
+    preset = get_preset(options.preset)
+    if options.cohort:
+        preset = preset.replace(cohort={"cohort": options.cohort})
+    out = options.out or Path("data") / f"{preset.name}-{preset.cohort.cohort}"
+    try:
+        folder = make_cohort(out, preset, options.workers)
+    except InputError as error:
+        print(f"make_phantoms: {error}", file=sys.stderr)
+        return 2
+    c = preset.cohort
+    print(f"{folder}: {c.n_train} training, {c.n_val} validation and {c.n_test} test phantoms, {preset.volume.size}³.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

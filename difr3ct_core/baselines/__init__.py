@@ -1,0 +1,1 @@
+"""Methods that the paper compares with, and what one gets without learning."""

@@ -1,0 +1,140 @@
+"""What every notebook begins with: data and models of a preset, made or loaded, and saved results.
+
+Chapters exchange *files*, never variables. Each method here returns what is on disk and makes what is missing, so any
+chapter can be run alone::
+
+    chapter = open_chapter("05_sampling", preset="tiny", data="data", run="runs/tiny", seed=0, device="auto")
+    ldm = chapter.ldm("2view")           # loaded if trained, else trained here, with a progress bar
+
+Layout::
+
+    DATA/PRESET-COHORT/      the phantom cohort
+    DATA/sample_ct/          the real scan, if it was fetched
+    RUN/vqgan/               autoencoder
+    RUN/ldm-VIEWS/           one diffusion model per set of views, as in the paper
+    RUN/results/             NAME.npz and NAME.json of every chapter
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import ct
+from .checks import pick_device
+from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays
+from .diffusion import LatentDiffusion
+from .presets import Preset, get_preset
+from .results import Result, load_result, provenance, save_result
+from .stages import train_ldm, train_vqgan
+from .vqgan import VQGAN
+
+
+def project_root() -> Path:
+    """The folder that holds the project, seen from the working folder; the working folder itself outside a checkout.
+
+    JupyterLab starts a kernel in ``notebooks/``, papermill in the root: both must mean the same ``data/``.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").exists() and (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+class Chapter:
+    """Data, models and results of one run of one chapter; make it with :func:`open_chapter`."""
+
+    def __init__(self, name: str, preset: Preset, data: Path, run: Path, seed: int, device: torch.device) -> None:
+        self.name, self.preset, self.data, self.run = name, preset, data, run
+        self.seed, self.device = seed, device
+        self._began = time.monotonic()
+        self._patients: dict[str, Patients] = {}
+
+    @property
+    def results(self) -> Path:
+        """Folder of the saved results."""
+        return self.run / "results"
+
+    def patients(self, split: str, view_set: str | None = None) -> Patients:
+        """Phantom patients of one split ("train", "val", "test"), with all x-rays or those of one set of views."""
+        if split not in self._patients:
+            folder = self.data / f"{self.preset.name}-{self.preset.cohort.cohort}"
+            make_cohort(folder, self.preset)
+            self._patients[split] = load_patients(folder, split)
+        patients = self._patients[split]
+        return patients.with_views(view_set) if view_set else patients
+
+    @cached_property
+    def real(self) -> Patients | None:
+        """LIDC-IDRI-0001 on the preset's grid, as a cohort of one; None if it was not fetched. It trains nothing."""
+        scan, labels = ct.sample_ct(self.data), ct.sample_labels(self.data)
+        if scan is None:
+            return None
+        volume = self.preset.volume
+        prepared = ct.prepare_ct(scan, volume)
+        hu = prepared.hu.clamp(volume.hu_min, volume.hu_max).round()
+        views = preset_views(self.preset)
+        organs = torch.zeros(volume.shape, dtype=torch.uint8)
+        if labels is not None:
+            organs = ct.prepare_labels(labels, prepared).to(torch.uint8)
+        xrays = render_xrays(hu[None], views, volume, self.preset.xray)
+        return Patients(("LIDC-IDRI-0001",), hu.to(torch.int16)[None], organs[None], xrays, views, volume)
+
+    def vqgan(self) -> VQGAN:
+        """The trained autoencoder (chapter 02)."""
+        return train_vqgan(
+            self.patients("train"), self.preset, self.run / "vqgan", self.seed, self.device, self.patients("val")
+        )
+
+    def ldm_folder(self, view_set: str) -> Path:
+        """Run folder of the diffusion model for a set of views: what ``reconstruct`` takes as ``weights``."""
+        return self.run / f"ldm-{view_set}"
+
+    def ldm(self, view_set: str) -> LatentDiffusion:
+        """The trained diffusion model for a set of views (chapter 04)."""
+        train = self.patients("train", view_set)
+        return train_ldm(train, self.vqgan(), self.preset, self.ldm_folder(view_set), self.seed, self.device)
+
+    def save(
+        self, name: str, arrays: Mapping[str, np.ndarray | torch.Tensor], values: Mapping[str, Any], **more: Any
+    ) -> Result:
+        """Save a result of this chapter with its provenance; ``more`` is added to the provenance."""
+        origin = provenance(
+            self.preset.name, self.seed, self.device, time.monotonic() - self._began, chapter=self.name, **more
+        )
+        return save_result(self.results, name, arrays, values, origin)
+
+    def load(self, name: str) -> Result:
+        """A saved result of this or another chapter of the same run."""
+        return load_result(self.results, name)
+
+
+def open_chapter(
+    name: str,
+    preset: str = "tiny",
+    data: str | Path = "data",
+    run: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> Chapter:
+    """Begin a chapter; the arguments are the parameters of every notebook.
+
+    Args:
+        name: of the notebook, for provenance.
+        preset: "tiny", "small" or "paper".
+        data, run: folders; relative ones are taken from the project's root. ``run`` is by default ``runs/PRESET``.
+        seed: of training and sampling.
+        device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        InputError: unknown preset or device.
+    """
+    root = project_root()
+    return Chapter(name, get_preset(preset), root / data, root / (run or f"runs/{preset}"), seed, pick_device(device))

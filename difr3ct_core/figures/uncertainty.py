@@ -1,0 +1,176 @@
+"""Figures of what the spread of posterior samples says (chapter 06).
+
+Each function takes a saved result and returns a figure. The docstring names the arrays that it needs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..results import Result
+from .style import COLOURS, VIEW_COLOURS, VIEW_NAMES, Scale, colour_bar, finish, new_figure, show_slice, styled, top
+
+PAIR = ("2view", "8view")
+
+
+@styled
+def bias_variance(result: Result) -> Figure:
+    """Maps of error², bias² and variance for few and many views, as Fig. 8 of the paper.
+
+    Arrays: ``truth``, and per set of views ``mean_VIEWS``, ``error_VIEWS``, ``bias_VIEWS``, ``variance_VIEWS`` (z y x;
+    HU, and HU² for the last three); values ``n_samples``, and ``rms_bias_VIEWS``, ``rms_variance_VIEWS`` (HU).
+    """
+    a, v = result.arrays, result.values
+    columns = (
+        ("mean", f"mean of {v['n_samples']}"),
+        ("error", "mean error²"),
+        ("bias", "= bias²"),
+        ("variance", "+ variance"),
+    )
+    figure, axes = new_figure(9.8, 7.9, 4, 5)
+    # Root of the mean squares: the same picture, in HU, which a reader can judge.
+    scale = Scale("square root, HU", 0, top(np.sqrt(a["error_2view"]), 0.995), "inferno")
+    for k, views in enumerate(PAIR):
+        for i, plane in enumerate(("coronal", "axial")):
+            row = axes[2 * k + i]
+            ct = show_slice(row[0], a["truth"], plane, marks=True)
+            for ax, (key, title) in zip(row[1:], columns, strict=True):
+                volume = a[f"{key}_{views}"].astype(np.float32)
+                if key == "mean":
+                    show_slice(ax, volume, plane)
+                else:
+                    image = show_slice(ax, np.sqrt(volume), plane, scale=scale)
+                if k + i == 0:
+                    ax.set_title(title)
+            row[0].set_ylabel(f"{VIEW_NAMES[views]}\n{plane}", fontsize=9)
+    axes[0, 0].set_title("truth")
+    colour_bar(figure, ct, axes[:, :2].ravel().tolist(), "HU")
+    colour_bar(figure, image, axes[:, 2:].ravel().tolist(), scale.label)
+    both = all(v[f"rms_{key}_8view"] < v[f"rms_{key}_2view"] for key in ("bias", "variance"))
+    return finish(figure, result, f"Error² = bias² + variance{': more views shrink both' if both else ''}")
+
+
+@styled
+def sample_count(result: Result) -> Figure:
+    """How many samples a mean and a spread need.
+
+    Arrays: ``count`` (n,), and per set of views ``rmse_VIEWS`` (of the mean), ``std_VIEWS`` (HU); ``predicted_VIEWS``
+    (root of bias² + variance/N from the largest N).
+    """
+    a = result.arrays
+    figure, axes = new_figure(8.8, 3.5, 1, 2)
+    for views in PAIR:
+        colour = VIEW_COLOURS[views]
+        axes[0, 0].plot(a["count"], a[f"rmse_{views}"], "o", color=colour, label=VIEW_NAMES[views])
+        axes[0, 0].plot(a["count"], a[f"predicted_{views}"], "-", color=colour, linewidth=1)
+        axes[0, 1].plot(a["count"][1:], a[f"std_{views}"][1:], "o-", color=colour, label=VIEW_NAMES[views])
+    axes[0, 0].set_ylabel("RMS error of the mean, HU")
+    axes[0, 0].set_title("dots: measured; lines: √(bias² + variance/N)", loc="left")
+    axes[0, 1].set_ylabel("RMS standard deviation, HU")
+    axes[0, 1].set_title("population standard deviation of N samples", loc="left")
+    for ax in axes[0]:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xlabel("samples N")
+        ax.grid(True, linewidth=0.6)
+        ax.legend()
+    return finish(figure, result, "A few samples give the mean, the spread needs more")
+
+
+@styled
+def organs(result: Result) -> Figure:
+    """Spread of the samples per organ, with few and many views, beside the error of the mean.
+
+    Values: ``organs`` (names), per set of views ``organ_std_VIEWS``, ``organ_error_VIEWS`` (HU, one per organ);
+    ``narrower`` (organs with less spread with 8 views).
+    """
+    v = result.values
+    order = np.argsort(v["organ_std_2view"])
+    names = [v["organs"][i].replace("_", " ") for i in order]
+    figure, axes = new_figure(9.6, 0.3 * len(names) + 1.6, 1, 2, sharey="row")
+    y = np.arange(len(names))
+    panels = (("organ_std", "standard deviation of the samples, HU"), ("organ_error", "RMS error of the mean, HU"))
+    for ax, (key, label) in zip(axes[0], panels, strict=True):
+        few, many = (np.asarray(v[f"{key}_{views}"])[order] for views in PAIR)
+        ax.hlines(y, np.minimum(few, many), np.maximum(few, many), color="#bbbbbb", linewidth=2)
+        for views, values, marker in zip(PAIR, (few, many), ("o", "s"), strict=True):
+            ax.plot(values, y, marker, color=VIEW_COLOURS[views], label=VIEW_NAMES[views], markersize=6)
+        ax.set_xlabel(label)
+        ax.grid(True, axis="x", linewidth=0.6)
+        ax.set_xlim(0, 1.08 * max(few.max(), many.max()))  # its own axis: a few organs' errors dwarf every spread
+    axes[0, 0].set_yticks(y, names)
+    axes[0, 0].tick_params(axis="y", length=0)
+    axes[0, 0].legend(loc="lower right")
+    which = "every tissue" if v["narrower"] == len(names) else f"{v['narrower']} of {len(names)} tissues"
+    return finish(figure, result, f"Six more x-rays narrow {which}")
+
+
+@styled
+def calibration(result: Result) -> Figure:
+    """Does the spread find the error, and is it wide enough?
+
+    Arrays: ``left_out`` (share of voxels set aside), per set of views ``left_by_std_VIEWS``, ``left_by_error_VIEWS``
+    (RMS error of the rest, HU); ``expected``, ``observed_VIEWS`` (coverage of central intervals); values
+    ``spearman_VIEWS``.
+    """
+    a, v = result.arrays, result.values
+    figure, axes = new_figure(9.6, 4.1, 1, 2)
+    ax = axes[0, 0]
+    for views in PAIR:
+        colour = VIEW_COLOURS[views]
+        label = f"{VIEW_NAMES[views]}: by the spread"
+        ax.plot(100 * a["left_out"], a[f"left_by_std_{views}"], color=colour, label=label)
+        ideal = a[f"left_by_error_{views}"]
+        ax.plot(100 * a["left_out"], ideal, color=colour, linestyle=":", label="by the error itself")
+    ax.set_xlabel("most uncertain voxels set aside, %")
+    ax.set_ylabel("RMS error of the others, HU")
+    ax.set_ylim(bottom=0)
+    ax.legend(loc="upper right", fontsize=8.5)
+    words = ", ".join(f"{v[f'spearman_{views}']:.2f} ({VIEW_NAMES[views]})" for views in PAIR)
+    ax.set_title(f"Does the spread find the error?\nrank correlation {words}", loc="left")
+    ax = axes[0, 1]
+    ax.plot([0, 100], [0, 100], color=COLOURS["grey"], linestyle="--", linewidth=1)
+    ax.text(60, 65, "calibrated", fontsize=9, rotation=42, color=COLOURS["grey"], ha="center")
+    for views, marker in zip(PAIR, ("o", "s"), strict=True):
+        label = VIEW_NAMES[views]
+        ax.plot(100 * a["expected"], 100 * a[f"observed_{views}"], marker + "-", color=VIEW_COLOURS[views], label=label)
+    ax.set_xlabel("expected coverage, %")
+    ax.set_ylabel("voxels inside the interval, %")
+    ax.set_xlim(0, 100)
+    ax.set_ylim(0, 100)
+    ax.set_aspect("equal")
+    ax.set_title("Below the line: too sure", loc="left")
+    ax.legend(loc="upper left")
+    for ax in axes[0]:
+        ax.grid(True, linewidth=0.6)
+    sure = all(np.mean(a[f"observed_{views}"] - a["expected"]) < -0.02 for views in PAIR)
+    return finish(figure, result, f"The spread points to the errors{' and is smaller than they are' if sure else ''}")
+
+
+@styled
+def phantom_and_real(result: Result) -> Figure:
+    """The same model on a phantom and on the real scan: error and spread.
+
+    Arrays: ``truth_WHO``, ``mean_WHO``, ``std_WHO`` (z y x, HU) for WHO in ``phantom``, ``real``; values
+    ``rms_std_WHO``, ``rms_error_WHO`` (HU), ``names``.
+    """
+    a, v = result.arrays, result.values
+    figure, axes = new_figure(7.6, 4.6, 2, 4)
+    scale = Scale("HU", 0, top(a["std_phantom"], 0.999) * 2, "inferno")
+    for row, who, name in zip(axes, ("phantom", "real"), v["names"], strict=True):
+        truth, mean, std = (a[f"{key}_{who}"].astype(np.float32) for key in ("truth", "mean", "std"))
+        ct = show_slice(row[0], truth, "coronal", marks=True)
+        show_slice(row[1], mean, "coronal")
+        show_slice(row[2], std, "coronal", scale=scale)
+        image = show_slice(row[3], np.abs(mean - truth), "coronal", scale=scale)
+        row[0].set_ylabel(name, fontsize=9)
+        row[2].set_xlabel(f"RMS {v[f'rms_std_{who}']:.0f} HU", fontsize=9)
+        row[3].set_xlabel(f"RMS {v[f'rms_error_{who}']:.0f} HU", fontsize=9)
+    for ax, title in zip(axes[0], ("truth", "mean", "standard deviation", "|mean − truth|"), strict=True):
+        ax.set_title(title)
+    colour_bar(figure, ct, axes[:, :2].ravel().tolist(), "HU")
+    colour_bar(figure, image, axes[:, 2:].ravel().tolist(), "HU")
+    growth = {key: v[f"rms_{key}_real"] / v[f"rms_{key}_phantom"] for key in ("error", "std")}
+    message = "the error grows more than the spread" if growth["error"] > growth["std"] else "error and spread grow"
+    return finish(figure, result, f"On a real scan {message}")

@@ -1,0 +1,254 @@
+"""The two stages, "load or train": the autoencoder, then the diffusion model in its latents.
+
+:func:`train_vqgan` and :func:`train_ldm` return the finished model of a folder if it is there and was made with the
+same numbers, resume it if it is half done, and train it otherwise: the same cell of a notebook serves a laptop and a
+server. A finished model is ``weights.safetensors`` in the run's folder, with preset, HU window, spacing, latent scale
+and views inside; the file of a diffusion model holds its autoencoder too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .datasets import Patients, batch_index
+from .diffusion import LatentDiffusion
+from .files import InputError, read_safetensors, write_safetensors
+from .geometry import views_to_json
+from .metrics import psnr
+from .presets import Preset
+from .results import provenance
+from .training import differences, fit, load_state
+from .vqgan import VQGAN
+
+
+def _fingerprint_of_data(patients: Patients) -> str:
+    digest = hashlib.sha256(repr(patients.ids).encode())
+    digest.update(patients.hu.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _finished(path: Path, fingerprint: dict[str, Any]) -> bool:
+    """Is there a finished model made with these numbers? One made with others is set aside, never overwritten."""
+    folder = path.parent
+    for existing in (path, folder / "checkpoint.safetensors"):
+        if existing.exists():
+            _, metadata = read_safetensors(existing)
+            if metadata.get("fingerprint") == json.loads(json.dumps(fingerprint)):
+                if existing == path:
+                    return True
+                continue
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+                number += 1
+            folder.rename(aside)
+            changed = differences(metadata.get("fingerprint"), fingerprint)
+            print(f"{folder}: the run there was made with other numbers ({changed}); moved to {aside.name}.")
+            return False
+    return False
+
+
+def _common(preset: Preset, train: Patients, seed: int) -> dict[str, Any]:
+    return {
+        "volume": dataclasses.asdict(preset.volume),
+        "vqgan": dataclasses.asdict(preset.vqgan),
+        "data": _fingerprint_of_data(train),
+        "n_train": len(train),
+        "seed": seed,
+    }
+
+
+def train_vqgan(
+    train: Patients,
+    preset: Preset,
+    folder: str | Path,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    validation: Patients | None = None,
+    stop_after: int | None = None,
+) -> VQGAN:
+    """The autoencoder of ``folder``: loaded if finished, else trained (§III-B), else resumed.
+
+    Args:
+        train: training patients.
+        preset: sizes and settings.
+        folder: of the run.
+        seed: of initial weights, batches and restarts of codes.
+        device: where to train.
+        validation: patients whose mean PSNR (window peak, dB) is logged as ``val_psnr``.
+        stop_after: see :func:`fit`; the model returned is then unfinished.
+    """
+    folder = Path(folder)
+    path = folder / "weights.safetensors"
+    settings = preset.train_vqgan
+    fingerprint = {**_common(preset, train, seed), "kind": "vqgan", "training": dataclasses.asdict(settings)}
+    if _finished(path, fingerprint):
+        return load_vqgan(path, device)[0]
+    torch.manual_seed(seed)
+    model = VQGAN(preset.vqgan).to(device)
+    began = time.monotonic()
+
+    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return model.loss(train.unit(batch_index(len(train), settings.batch_size, step, seed)).to(device), generator)
+
+    def validate(average: nn.Module) -> dict[str, float]:
+        assert validation is not None
+        truth = validation.unit()
+        with torch.no_grad():
+            decoded = torch.cat([average(volume.to(device))[0].clamp(-1, 1).cpu() for volume in truth.split(4)])
+        return {"val_psnr": float(psnr(decoded, truth, 2.0).mean()), "live_codes": average.live_codes()}  # type: ignore[operator]
+
+    best = fit(
+        model, loss_of_step, settings, folder, fingerprint, "training VQGAN", seed,
+        validate if validation is not None else None, stop_after,
+    )  # fmt: skip
+    assert isinstance(best, VQGAN)
+    best.fit_latent_scale([train.unit(slice(i, i + 8)).to(device) for i in range(0, min(len(train), 128), 8)])
+    if stop_after is None:
+        write_safetensors(
+            path,
+            best.state_dict(),
+            {
+                "kind": "vqgan",
+                "preset": preset.to_dict(),
+                "fingerprint": fingerprint,
+                "provenance": provenance(preset.name, seed, device, time.monotonic() - began),
+            },
+        )
+    return best
+
+
+def load_vqgan(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQGAN, Preset]:
+    """A finished autoencoder and its preset.
+
+    Args:
+        path: ``weights.safetensors`` of a run, or the run's folder.
+
+    Raises:
+        InputError: not the weights of a VQGAN, truncated, or of another version.
+    """
+    path, tensors, preset, _ = _read_weights(path, "vqgan", ("preset",))
+    model = VQGAN(preset.vqgan)
+    load_state(model, tensors, path)
+    return model.to(device).eval(), preset
+
+
+def _read_weights(
+    path: str | Path, kind: str, required: tuple[str, ...]
+) -> tuple[Path, dict[str, Tensor], Preset, dict[str, Any]]:
+    """The file, its tensors, its preset and all its metadata."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "weights.safetensors"
+    if not path.exists() and (path.parent / "checkpoint.safetensors").exists():
+        raise InputError(f"{path}: no such file, but a checkpoint; the training is not finished, run it again.")
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("kind") != kind:
+        raise InputError(
+            f"{path}: found weights of kind {metadata.get('kind')!r}, expected {kind!r}, the file that train_{kind} "
+            "writes."
+        )
+    if missing := [name for name in required if name not in metadata]:
+        raise InputError(f"{path}: its metadata lack {missing}, expected the file that train_{kind} writes.")
+    try:
+        return path, tensors, Preset.from_dict(metadata["preset"]), metadata
+    except InputError as error:
+        raise InputError(f"{path}: {error} It may be of another version; train again.") from error
+
+
+def train_ldm(
+    train: Patients,
+    vqgan: VQGAN,
+    preset: Preset,
+    folder: str | Path,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    stop_after: int | None = None,
+) -> LatentDiffusion:
+    """The diffusion model of ``folder`` for the views of ``train``: loaded if finished, else trained or resumed.
+
+    The finished file holds the autoencoder too, so that it is all that a reconstruction needs.
+
+    Args:
+        train: training patients with the x-rays of one set of views (:meth:`Patients.with_views`).
+        vqgan: trained autoencoder.
+        preset, folder, seed, device, stop_after: as in :func:`train_vqgan`.
+    """
+    folder = Path(folder)
+    path = folder / "weights.safetensors"
+    settings = preset.train_ldm
+    fingerprint = {
+        **_common(preset, train, seed),
+        "kind": "ldm",
+        "training": dataclasses.asdict(settings),
+        "fusion": dataclasses.asdict(preset.fusion),
+        "unet": dataclasses.asdict(preset.unet),
+        "diffusion": dataclasses.asdict(preset.diffusion),
+        "xray": dataclasses.asdict(preset.xray),
+        "views": views_to_json(train.views),
+        "autoencoder": state_digest(vqgan),
+    }
+    if _finished(path, fingerprint):
+        return load_ldm(path, device)[0]
+    torch.manual_seed(seed)
+    model = LatentDiffusion(preset).to(device)
+    vqgan = vqgan.to(device).eval()
+    latents = torch.cat([vqgan.encode(train.unit(slice(i, i + 8)).to(device)) for i in range(0, len(train), 8)])
+    began = time.monotonic()
+
+    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = batch_index(len(train), settings.batch_size, step, seed)
+        return model.loss(latents[rows.to(latents.device)], train.xrays[rows].to(device), train.views, generator)
+
+    n = len(train.views)
+    best = fit(model, loss_of_step, settings, folder, fingerprint, f"training {n}-view LDM", seed, None, stop_after)
+    assert isinstance(best, LatentDiffusion)
+    if stop_after is None:
+        tensors = {f"ldm.{k}": v for k, v in best.state_dict().items()}
+        tensors |= {f"vqgan.{k}": v for k, v in vqgan.state_dict().items()}
+        write_safetensors(
+            path,
+            tensors,
+            {
+                "kind": "ldm",
+                "preset": preset.to_dict(),
+                "views": views_to_json(train.views),
+                "fingerprint": fingerprint,
+                "provenance": provenance(preset.name, seed, device, time.monotonic() - began),
+            },
+        )
+    return best
+
+
+def load_ldm(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[LatentDiffusion, VQGAN, Preset, dict[str, Any]]:
+    """A finished diffusion model, its autoencoder, its preset, and the metadata of the file (views, provenance).
+
+    Args:
+        path: ``weights.safetensors`` of a run, or the run's folder.
+
+    Raises:
+        InputError: not the weights of a diffusion model, truncated, or of another version.
+    """
+    path, tensors, preset, metadata = _read_weights(path, "ldm", ("preset", "views"))
+    model, vqgan = LatentDiffusion(preset), VQGAN(preset.vqgan)
+    load_state(model, {k.removeprefix("ldm."): v for k, v in tensors.items() if k.startswith("ldm.")}, path)
+    load_state(vqgan, {k.removeprefix("vqgan."): v for k, v in tensors.items() if k.startswith("vqgan.")}, path)
+    return model.to(device).eval(), vqgan.to(device).eval(), preset, metadata
+
+
+def state_digest(module: nn.Module) -> str:
+    """A short checksum of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

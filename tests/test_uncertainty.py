@@ -1,0 +1,91 @@
+"""The bias-variance identity, closed forms with Gaussian samples, and bad samples named."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from difr3ct_core.files import InputError
+from difr3ct_core.uncertainty import decompose, moments, rank_correlation
+
+SHAPE = (3, 4, 5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(2, 12),
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    offset=st.sampled_from([0.0, 50.0, -800.0]),
+)
+def test_error_is_bias_plus_variance(n, seed, scale, offset):
+    generator = torch.Generator().manual_seed(seed)
+    samples = offset + scale * torch.randn(n, *SHAPE, generator=generator, dtype=torch.float64)
+    truth = offset + scale * torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    d = decompose(samples, truth)
+    gap = (d.mean_squared_error - d.squared_bias - d.variance).abs()
+    # Rounding of the samples themselves, at size `offset`, enters linearly in the deviations.
+    assert float((gap / d.mean_squared_error).max()) < 1e-12 * max(1.0, abs(offset) / scale)
+    for part in (d.mean, d.variance, d.squared_bias, d.mean_squared_error):
+        assert part.shape == SHAPE and part.dtype == torch.float64
+    assert (d.variance >= 0).all() and (d.squared_bias >= 0).all()
+
+
+def test_closed_form_by_hand():
+    samples = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1).expand(2, *SHAPE)
+    d = decompose(samples, torch.full(SHAPE, 5.0))
+    assert (d.mean == 2).all() and (d.variance == 1).all()  # population variance: divided by N
+    assert (d.squared_bias == 9).all() and (d.mean_squared_error == 10).all()
+
+
+def test_gaussian_samples():
+    """x ~ N(b, s²), truth 0: bias² -> b² + s²/N and variance -> s² (1 - 1/N) in the mean over many voxels."""
+    n, b, s = 8, 0.7, 1.3
+    samples = b + s * torch.randn(n, 30, 40, 50, generator=torch.Generator().manual_seed(1))
+    d = decompose(samples, torch.zeros(30, 40, 50))
+    assert float(d.squared_bias.mean()) == pytest.approx(b**2 + s**2 / n, rel=0.02)
+    assert float(d.variance.mean()) == pytest.approx(s**2 * (1 - 1 / n), rel=0.02)
+
+
+def test_float32_samples_in_hu_are_averaged_in_double():
+    samples = torch.full((64, *SHAPE), 3000.1)
+    samples[0] += 0.25
+    d = decompose(samples, torch.full(SHAPE, 3000.1))
+    step = float(samples[0, 0, 0, 0].double() - samples[1, 0, 0, 0].double())
+    assert float(d.variance[0, 0, 0]) == pytest.approx(step**2 * 63 / 64**2, rel=1e-6)
+    assert math.isclose(float(d.squared_bias[0, 0, 0]), (step / 64) ** 2, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_sample_that_is_not_finite_is_named(bad):
+    samples = torch.zeros(5, *SHAPE)
+    samples[3, 1, 2, 3] = bad
+    with pytest.raises(InputError, match=r"samples: numbers \[3\] of 5 hold NaN or infinity"):
+        moments(samples)
+    with pytest.raises(InputError, match=r"\[3\] of 5"):
+        decompose(samples, torch.zeros(SHAPE))
+    with pytest.raises(InputError, match=r"truth: .*NaN or infinity"):
+        decompose(torch.zeros(5, *SHAPE), samples[3])
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_one_sample_has_no_spread(n):
+    with pytest.raises(InputError, match=rf"samples: found {n}, expected at least 2"):
+        moments(torch.zeros(n, *SHAPE))
+
+
+def test_other_shape():
+    with pytest.raises(InputError, match=r"truth: found shape \(3, 5, 4\), expected \(3, 4, 5\)"):
+        decompose(torch.zeros(2, *SHAPE), torch.zeros(3, 5, 4))
+
+
+def test_rank_correlation():
+    error = torch.rand(SHAPE, generator=torch.Generator().manual_seed(2))
+    assert rank_correlation(error**3, error) == pytest.approx(1.0)  # only the order counts
+    assert rank_correlation(-error, error) == pytest.approx(-1.0)
+    other = torch.rand(20, 30, 40, generator=torch.Generator().manual_seed(3))
+    assert abs(rank_correlation(other, other.flip(0))) < 0.05
