@@ -98,9 +98,12 @@ class Chapter:
         return self.run / f"ldm-{view_set}"
 
     def ldm(self, view_set: str) -> LatentDiffusion:
-        """The trained diffusion model for a set of views (chapter 04)."""
-        train = self.patients("train", view_set)
-        return train_ldm(train, self.vqgan(), self.preset, self.ldm_folder(view_set), self.seed, self.device)
+        """The trained diffusion model for a set of views (chapter 04), or "any" for the any-view model."""
+        any_view = view_set == "any"
+        return train_ldm(
+            self.patients("train", None if any_view else view_set), self.vqgan(), self.preset,
+            self.ldm_folder(view_set), self.seed, self.device, any_view=any_view,
+        )  # fmt: skip
 
     def save(
         self, name: str, arrays: Mapping[str, np.ndarray | torch.Tensor], values: Mapping[str, Any], **more: Any

@@ -130,6 +130,15 @@ class SamplingPreset:
 
 
 @dataclass(frozen=True)
+class AnyViewPreset:
+    """The any-view model, beyond the paper: one diffusion model for every number of views and every angle."""
+
+    fan: int = 32  # equal angles over 180 degrees at which training x-rays are made, the paper's eight among them
+    most: int = 8  # views at a time: 1 to this many
+    paper_share: float = 0.5  # of the steps take one of the paper's sets of views, the others a random part of the fan
+
+
+@dataclass(frozen=True)
 class TrainPreset:
     """One training run of one model."""
 
@@ -161,6 +170,7 @@ class Preset:
     train_ldm: TrainPreset
     diffusion: DiffusionPreset = field(default_factory=DiffusionPreset)
     sampling: SamplingPreset = field(default_factory=SamplingPreset)
+    any_view: AnyViewPreset = field(default_factory=AnyViewPreset)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

@@ -85,8 +85,16 @@ def centred_affine(volume: VolumePreset) -> np.ndarray:
     return affine
 
 
-def check_xrays(xrays: Tensor, views: Sequence[View], trained: Sequence[View], where: str) -> None:
+def check_xrays(
+    xrays: Tensor, views: Sequence[View], trained: Sequence[View], where: str, any_view_most: int = 0
+) -> None:
     """Do x-rays, their views and the views of the weights fit together?
+
+    Args:
+        xrays, views: what was given.
+        trained: the views of the weights.
+        where: the weights, for the message.
+        any_view_most: of an any-view model, the largest number of views; 0 for a model of fixed views.
 
     Raises:
         InputError: they do not; the message says which differs and how.
@@ -101,7 +109,20 @@ def check_xrays(xrays: Tensor, views: Sequence[View], trained: Sequence[View], w
         if image.numel() and float(image.amax()) == float(image.amin()):
             raise InputError(f"xrays: every pixel of image {i} is {float(image.amax()):g}, expected one of a patient.")
     angles, expected = [v.angle_deg for v in views], [v.angle_deg for v in trained]
-    if len(views) != len(trained) or any(abs(a - b) > 0.5 for a, b in zip(angles, expected, strict=True)):
+    if any_view_most:
+        if not 1 <= len(views) <= any_view_most:
+            raise InputError(
+                f"views: found {len(views)}, expected 1 to {any_view_most}, for which {where} was trained; "
+                "choose some of the x-rays."
+            )
+        # A beam from behind is the mirrored image of one from the front, which training never showed.
+        if wrong := [angle for angle in angles if not 0 <= angle < 180]:
+            raise InputError(
+                f"views: found angles {wrong}°, expected 0° to below 180°, for which {where} was trained; "
+                "mirror these x-rays left to right and subtract 180°."
+            )
+        trained = [trained[0]] * len(views)  # all have the same beam and detector
+    elif len(views) != len(trained) or any(abs(a - b) > 0.5 for a, b in zip(angles, expected, strict=True)):
         raise InputError(
             f"views: found angles {angles}°, expected {expected}°, for which {where} was trained; "
             "take these x-rays, or weights trained for these views."
@@ -147,7 +168,7 @@ def posterior_samples(
     Args:
         ldm, vqgan: trained models on one device.
         xrays: line integrals of b patients.
-        views: as trained.
+        views: as trained; any of its range for an any-view model.
         n_samples: per patient.
         seed: of the noise; the same seed gives the same samples, whatever ``batch`` is.
         solver, steps, guidance: by default the preset's.
@@ -227,7 +248,7 @@ def reconstruct(
     ldm, vqgan, preset, metadata = load_ldm(weights, device)
     images = torch.as_tensor(np.asarray(xrays) if not isinstance(xrays, Tensor) else xrays).float()
     trained = views_from_json(metadata["views"], f"views of {weights}")
-    check_xrays(images, views, trained, str(weights))
+    check_xrays(images, views, trained, str(weights), int(metadata.get("any_view_most", 0)))
     unit = posterior_samples(
         ldm, vqgan, images[None], views, n_samples, seed, solver, steps, guidance, batch
     )[0]  # fmt: skip

@@ -23,7 +23,7 @@ from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors, write_safetensors
 from .geometry import views_to_json
 from .metrics import psnr
-from .presets import Preset
+from .presets import VIEW_SETS, Preset
 from .results import provenance
 from .training import differences, fit, load_state
 from .vqgan import VQGAN
@@ -163,6 +163,26 @@ def _read_weights(
         raise InputError(f"{path}: {error} It may be of another version; train again.") from error
 
 
+def fan_angles(preset: Preset) -> tuple[float, ...]:
+    """Angles in degrees at which the any-view model sees x-rays in training: even over half a turn, from lateral on."""
+    return tuple(180.0 * i / preset.any_view.fan for i in range(preset.any_view.fan))
+
+
+def draw_views(preset: Preset, generator: torch.Generator) -> list[int]:
+    """The views of one training step of the any-view model: positions in :func:`fan_angles`, in rising order.
+
+    With probability ``paper_share`` one of the paper's sets, so that these are learned best; else a number of views
+    from 1 to ``most`` and then so many angles, both evenly.
+    """
+    p, angles = preset.any_view, fan_angles(preset)
+    if float(torch.rand((), generator=generator)) < p.paper_share:
+        names = list(VIEW_SETS)
+        chosen = VIEW_SETS[names[int(torch.randint(len(names), (), generator=generator))]]
+        return [angles.index(angle) for angle in chosen]
+    count = int(torch.randint(1, p.most + 1, (), generator=generator))
+    return sorted(torch.randperm(p.fan, generator=generator)[:count].tolist())
+
+
 def train_ldm(
     train: Patients,
     vqgan: VQGAN,
@@ -171,6 +191,7 @@ def train_ldm(
     seed: int = 0,
     device: str | torch.device = "cpu",
     stop_after: int | None = None,
+    any_view: bool = False,
 ) -> LatentDiffusion:
     """The diffusion model of ``folder`` for the views of ``train``: loaded if finished, else trained or resumed.
 
@@ -180,7 +201,11 @@ def train_ldm(
         train: training patients with the x-rays of one set of views (:meth:`Patients.with_views`).
         vqgan: trained autoencoder.
         preset, folder, seed, device, stop_after: as in :func:`train_vqgan`.
+        any_view: beyond the paper, one model for 1 to ``preset.any_view.most`` views at any angles: every step sees
+            the x-rays of other views (:func:`draw_views`). The x-rays in ``train`` are then not used.
     """
+    if any_view:
+        train = train.at_angles(fan_angles(preset), preset.xray)
     folder = Path(folder)
     path = folder / "weights.safetensors"
     settings = preset.train_ldm
@@ -195,6 +220,8 @@ def train_ldm(
         "views": views_to_json(train.views),
         "autoencoder": state_digest(vqgan),
     }
+    if any_view:
+        fingerprint["any_view"] = dataclasses.asdict(preset.any_view)
     if _finished(path, fingerprint):
         return load_ldm(path, device)[0]
     torch.manual_seed(seed)
@@ -205,10 +232,12 @@ def train_ldm(
 
     def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch_index(len(train), settings.batch_size, step, seed)
-        return model.loss(latents[rows.to(latents.device)], train.xrays[rows].to(device), train.views, generator)
+        pick = draw_views(preset, generator) if any_view else range(len(train.views))
+        xrays, views = train.xrays[rows][:, list(pick)], [train.views[i] for i in pick]
+        return model.loss(latents[rows.to(latents.device)], xrays.to(device), views, generator)
 
-    n = len(train.views)
-    best = fit(model, loss_of_step, settings, folder, fingerprint, f"training {n}-view LDM", seed, None, stop_after)
+    label = f"training {'any' if any_view else len(train.views)}-view LDM"
+    best = fit(model, loss_of_step, settings, folder, fingerprint, label, seed, None, stop_after)
     assert isinstance(best, LatentDiffusion)
     if stop_after is None:
         tensors = {f"ldm.{k}": v for k, v in best.state_dict().items()}
@@ -220,6 +249,7 @@ def train_ldm(
                 "kind": "ldm",
                 "preset": preset.to_dict(),
                 "views": views_to_json(train.views),
+                **({"any_view_most": preset.any_view.most} if any_view else {}),
                 "fingerprint": fingerprint,
                 "provenance": provenance(preset.name, seed, device, time.monotonic() - began),
             },
