@@ -31,6 +31,7 @@ from .checks import pick_device
 from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays
 from .diffusion import LatentDiffusion
 from .presets import Preset, get_preset
+from .processes import first_alone
 from .results import Result, load_result, provenance, save_result
 from .stages import train_ldm, train_vqgan
 from .vqgan import VQGAN
@@ -66,7 +67,8 @@ class Chapter:
         """Phantom patients of one split ("train", "val", "test"), with all x-rays or those of one set of views."""
         if split not in self._patients:
             folder = self.data / f"{self.preset.name}-{self.preset.cohort.cohort}"
-            make_cohort(folder, self.preset)
+            with first_alone():
+                make_cohort(folder, self.preset)
             self._patients[split] = load_patients(folder, split)
         patients = self._patients[split]
         return patients.with_views(view_set) if view_set else patients
@@ -87,22 +89,23 @@ class Chapter:
         xrays = render_xrays(hu[None], views, volume, self.preset.xray)
         return Patients(("LIDC-IDRI-0001",), hu.to(torch.int16)[None], organs[None], xrays, views, volume)
 
-    def vqgan(self) -> VQGAN:
+    def vqgan(self, stop_after: int | None = None) -> VQGAN:
         """The trained autoencoder (chapter 02)."""
         return train_vqgan(
-            self.patients("train"), self.preset, self.run / "vqgan", self.seed, self.device, self.patients("val")
-        )
+            self.patients("train"), self.preset, self.run / "vqgan", self.seed, self.device, self.patients("val"),
+            stop_after,
+        )  # fmt: skip
 
     def ldm_folder(self, view_set: str) -> Path:
         """Run folder of the diffusion model for a set of views: what ``reconstruct`` takes as ``weights``."""
         return self.run / f"ldm-{view_set}"
 
-    def ldm(self, view_set: str) -> LatentDiffusion:
+    def ldm(self, view_set: str, stop_after: int | None = None) -> LatentDiffusion:
         """The trained diffusion model for a set of views (chapter 04), or "any" for the any-view model."""
         any_view = view_set == "any"
         return train_ldm(
             self.patients("train", None if any_view else view_set), self.vqgan(), self.preset,
-            self.ldm_folder(view_set), self.seed, self.device, any_view=any_view,
+            self.ldm_folder(view_set), self.seed, self.device, stop_after, any_view,
         )  # fmt: skip
 
     def save(

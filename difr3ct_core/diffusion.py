@@ -94,6 +94,8 @@ def diffusion_loss(
     condition: Float[Tensor, "b k z y x"] | None,
     dropout: float,
     generator: torch.Generator | None = None,
+    part: slice = slice(None),
+    batch: int | None = None,
 ) -> Float[Tensor, ""]:
     """Eq. 15: mean squared error of the prediction at random t, with random drop-out of the condition.
 
@@ -104,11 +106,13 @@ def diffusion_loss(
         condition: x-ray features on the latent grid.
         dropout: probability with which a sample's condition is replaced by zeros.
         generator: source of t, ε and the drop-out (on the CPU, so that every device draws the same numbers).
+        part, batch: z0 are these rows of a batch of so many, of which other processes compute the rest. The numbers
+            are drawn for the whole batch, so that a row gets the same ones however the batch is shared out.
     """
-    b = len(z0)
-    t = torch.randint(schedule.timesteps, (b,), generator=generator).to(z0.device)
-    noise = torch.randn(z0.shape, generator=generator).to(z0)
-    keep = (torch.rand(b, generator=generator) >= dropout).to(z0.device)
+    b = len(z0) if batch is None else batch
+    t = torch.randint(schedule.timesteps, (b,), generator=generator)[part].to(z0.device)
+    noise = torch.randn((b, *z0.shape[1:]), generator=generator)[part].to(z0)
+    keep = (torch.rand(b, generator=generator) >= dropout)[part].to(z0.device)
     if condition is not None:
         condition = condition * keep.view(-1, *[1] * (condition.ndim - 1)).to(condition.dtype)
     prediction = denoiser(schedule.noisy(z0, t, noise), t, condition)
@@ -141,10 +145,10 @@ class LatentDiffusion(nn.Module):
         xrays: Float[Tensor, "b n v u"],
         views: Sequence[View],
         generator: torch.Generator | None = None,
+        part: slice = slice(None),
+        batch: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 15 for one batch."""
+        """Eq. 15 for one batch, or for some rows of it; see :func:`diffusion_loss`."""
         condition = self.condition(xrays, views)
-        loss = diffusion_loss(
-            self.unet, self.schedule, latents, condition, self.preset.diffusion.condition_dropout, generator
-        )
-        return loss, {}
+        dropout = self.preset.diffusion.condition_dropout
+        return diffusion_loss(self.unet, self.schedule, latents, condition, dropout, generator, part, batch), {}

@@ -153,6 +153,11 @@ class TrainPreset:
     checkpoint_every_s: float = 20.0
     log_every: int = 10
     validate_every: int = 0  # steps; 0: only at the end
+    precision: str = "auto"  # "auto": bf16 on a GPU that has it, else fp32; or "bf16", "fp32"
+    accumulate: int = 1  # micro-batches of a step in each process, where the memory is short
+    checkpointing: bool = False  # compute activations twice instead of keeping them
+    compile: bool = False  # torch.compile of the networks
+    channels_last: bool = False  # memory layout channels_last_3d of the 3D networks
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is not float and type(value) is hint:  # not isinstance: a bool is no whole number here
         return value
-    name = {int: "a whole number", float: "a finite number", str: "a text"}.get(hint, hint.__name__)
+    words = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+    name = words.get(hint, hint.__name__)
     raise InputError(f"{where}: found {value!r}, expected {name}.")
 
 

@@ -12,20 +12,23 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import processes
+from .checkpoints import differences, load_state
 from .datasets import Patients, batch_index
 from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors, write_safetensors
 from .geometry import views_to_json
 from .metrics import psnr
-from .presets import VIEW_SETS, Preset
+from .presets import VIEW_SETS, Preset, TrainPreset
 from .results import provenance
-from .training import differences, fit, load_state
+from .training import fit
 from .vqgan import VQGAN
 
 
@@ -35,8 +38,59 @@ def _fingerprint_of_data(patients: Patients) -> str:
     return digest.hexdigest()[:16]
 
 
+#: Settings of a training that do not decide its result (but for the rounding of sums).
+MANNER = (
+    "log_every",
+    "checkpoint_every_s",
+    "validate_every",
+    "accumulate",
+    "checkpointing",
+    "compile",
+    "channels_last",
+)
+
+
+def _numbers(settings: TrainPreset) -> dict[str, Any]:
+    """What of a training's settings decides its result."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in MANNER}
+
+
+def with_settings(preset: Preset, section: str, words: Sequence[str]) -> Preset:
+    """``preset`` with fields of one section changed by words such as ``accumulate=4``.
+
+    Raises:
+        InputError: no such field, or a value of the wrong type.
+    """
+    changed = preset.to_dict()
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in changed[section]:
+            known = ", ".join(sorted(changed[section]))
+            raise InputError(f"{section}: found {word!r}, expected NAME=VALUE with a name of {known}.")
+        try:
+            changed[section][name] = json.loads(value)
+        except json.JSONDecodeError:
+            changed[section][name] = value
+    return Preset.from_dict(changed)
+
+
+def _prepare(networks: list[nn.Module], settings: TrainPreset) -> None:
+    """Set memory layout, checkpointing and compilation of the 3D networks as the preset says."""
+    for network in networks:
+        if settings.channels_last:
+            network.to(memory_format=torch.channels_last_3d)
+        network.checkpointing = settings.checkpointing
+        if settings.compile:
+            network.compile()
+
+
 def _finished(path: Path, fingerprint: dict[str, Any]) -> bool:
     """Is there a finished model made with these numbers? One made with others is set aside, never overwritten."""
+    with processes.first_alone():
+        return _look(path, fingerprint)
+
+
+def _look(path: Path, fingerprint: dict[str, Any]) -> bool:
     folder = path.parent
     for existing in (path, folder / "checkpoint.safetensors"):
         if existing.exists():
@@ -88,15 +142,17 @@ def train_vqgan(
     folder = Path(folder)
     path = folder / "weights.safetensors"
     settings = preset.train_vqgan
-    fingerprint = {**_common(preset, train, seed), "kind": "vqgan", "training": dataclasses.asdict(settings)}
+    fingerprint = {**_common(preset, train, seed), "kind": "vqgan", "training": _numbers(settings)}
     if _finished(path, fingerprint):
         return load_vqgan(path, device)[0]
     torch.manual_seed(seed)
     model = VQGAN(preset.vqgan).to(device)
+    _prepare([model.encoder, model.decoder], settings)
     began = time.monotonic()
 
-    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return model.loss(train.unit(batch_index(len(train), settings.batch_size, step, seed)).to(device), generator)
+    def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = batch_index(len(train), settings.batch_size, step, seed)[part]
+        return model.loss(train.unit(rows).to(device), generator)
 
     def validate(average: nn.Module) -> dict[str, float]:
         assert validation is not None
@@ -111,7 +167,7 @@ def train_vqgan(
     )  # fmt: skip
     assert isinstance(best, VQGAN)
     best.fit_latent_scale([train.unit(slice(i, i + 8)).to(device) for i in range(0, min(len(train), 128), 8)])
-    if stop_after is None:
+    if stop_after is None and processes.rank() == 0:
         write_safetensors(
             path,
             best.state_dict(),
@@ -212,7 +268,7 @@ def train_ldm(
     fingerprint = {
         **_common(preset, train, seed),
         "kind": "ldm",
-        "training": dataclasses.asdict(settings),
+        "training": _numbers(settings),
         "fusion": dataclasses.asdict(preset.fusion),
         "unet": dataclasses.asdict(preset.unet),
         "diffusion": dataclasses.asdict(preset.diffusion),
@@ -226,20 +282,23 @@ def train_ldm(
         return load_ldm(path, device)[0]
     torch.manual_seed(seed)
     model = LatentDiffusion(preset).to(device)
+    _prepare([model.unet], settings)
     vqgan = vqgan.to(device).eval()
     latents = torch.cat([vqgan.encode(train.unit(slice(i, i + 8)).to(device)) for i in range(0, len(train), 8)])
     began = time.monotonic()
 
-    def loss_of_step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = batch_index(len(train), settings.batch_size, step, seed)
+    def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = batch_index(len(train), settings.batch_size, step, seed)
+        rows = batch[part]
         pick = draw_views(preset, generator) if any_view else range(len(train.views))
         xrays, views = train.xrays[rows][:, list(pick)], [train.views[i] for i in pick]
-        return model.loss(latents[rows.to(latents.device)], xrays.to(device), views, generator)
+        z0 = latents[rows.to(latents.device)]
+        return model.loss(z0, xrays.to(device), views, generator, part, len(batch))
 
     label = f"training {'any' if any_view else len(train.views)}-view LDM"
     best = fit(model, loss_of_step, settings, folder, fingerprint, label, seed, None, stop_after)
     assert isinstance(best, LatentDiffusion)
-    if stop_after is None:
+    if stop_after is None and processes.rank() == 0:
         tensors = {f"ldm.{k}": v for k, v in best.state_dict().items()}
         tensors |= {f"vqgan.{k}": v for k, v in vqgan.state_dict().items()}
         write_safetensors(

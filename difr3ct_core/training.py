@@ -1,38 +1,54 @@
-"""The one training loop of the project: any module, any loss.
+"""The one training loop of the project: any module, any loss, one or many processes.
 
 :func:`fit` trains any module on any loss. Batches and noise are pure functions of (seed, step), so a resumed run
-continues bit for bit on a CPU: the checkpoint holds the weights, their moving average, the optimiser's state and
+continues bit for bit on a CPU: the checkpoint holds the weights, their moving average, the optimisers' states and
 the step, nothing else matters. A run's folder::
 
     checkpoint.safetensors   to resume from; replaced atomically every few seconds
     log.csv                  one row every ``log_every`` steps
 
-The models themselves, and "load or train", are in :mod:`difr3ct_core.stages`.
+A step is defined by its *global* batch. Processes and micro-batches each compute a part of its rows, with the noise
+that those rows have in the whole, so that one process, eight GPUs and gradient accumulation give the same curve.
+
+The models themselves, and "load or train", are in :mod:`difr3ct_core.stages`; the command line of a training is
+``accelerate launch -m difr3ct_core.training --stage ldm --preset paper`` and calls the same functions.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import csv
-import io
-import json
 import math
-import os
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .files import InputError, atomic_path, read_safetensors, write_safetensors
+from . import processes
+from .checkpoints import Log, load_checkpoint, save_checkpoint, tensorboard
+from .files import InputError
 from .presets import TrainPreset
 from .progress import progress
 
-#: (step, generator) -> (loss, values to log)
-LossOfStep = Callable[[int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+#: (step, generator, part) -> (loss, values to log), for the rows ``part`` of the step's global batch.
+LossOfStep = Callable[[int, torch.Generator, slice], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """What is trained against the model: the discriminators of a GAN.
+
+    ``loss()`` is called right after the backward pass of each loss of the model, and computes from what that left
+    behind. While the model's loss runs, the opponent's weights take no gradient.
+    """
+
+    module: nn.Module
+    loss: Callable[[], tuple[Tensor, dict[str, Tensor]]]
 
 
 class TrainingError(RuntimeError):
@@ -47,6 +63,37 @@ def learning_rate(settings: TrainPreset, step: int) -> float:
     return rate
 
 
+def own_parts(settings: TrainPreset) -> list[slice]:
+    """The rows of the global batch that this process computes, one slice for each micro-batch.
+
+    Raises:
+        InputError: the batch cannot be shared out evenly.
+    """
+    shares = processes.count() * settings.accumulate
+    if settings.accumulate < 1 or settings.batch_size % shares:
+        raise InputError(
+            f"batch_size: found {settings.batch_size}, expected a multiple of {shares} = {processes.count()} "
+            f"processes x {settings.accumulate} micro-batches; change the batch, the processes or `accumulate`."
+        )
+    rows = settings.batch_size // shares
+    first = processes.rank() * settings.accumulate
+    return [slice(i * rows, (i + 1) * rows) for i in range(first, first + settings.accumulate)]
+
+
+def mixed_precision(settings: TrainPreset, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
+    """The autocast of a step. Never fp16, which overflows in the VQGAN; bf16 has the range of fp32.
+
+    Raises:
+        InputError: unknown ``precision``.
+    """
+    if settings.precision not in ("auto", "bf16", "fp32"):
+        raise InputError(f"precision: found {settings.precision!r}, expected 'auto', 'bf16' or 'fp32'.")
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if settings.precision == "bf16" or (settings.precision == "auto" and able):
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext
+
+
 def fit(
     module: nn.Module,
     loss_of_step: LossOfStep,
@@ -57,12 +104,14 @@ def fit(
     seed: int,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     stop_after: int | None = None,
+    opponent: Opponent | None = None,
 ) -> nn.Module:
     """Train ``module`` in ``folder``, from its checkpoint if there is one.
 
     Args:
         module: on its device; changed in place.
-        loss_of_step: the loss of one step, from the step's number and a generator seeded for it.
+        loss_of_step: the mean loss of some rows of one step's batch, from the step's number, a generator seeded for
+            the step, and the rows. It draws noise for the whole batch and uses that of its rows.
         settings: steps, rates, averaging, clipping.
         folder: for checkpoint and log.
         fingerprint: everything that decides the result, JSON types; a checkpoint made with another is refused.
@@ -70,50 +119,70 @@ def fit(
         seed: of batches and noise.
         validate: called with the averaged model every ``validate_every`` steps; its values go to the log.
         stop_after: leave after this many steps in this call (a checkpoint is written), for jobs with a time limit.
+        opponent: discriminators, trained at the same rates by an optimiser of their own.
 
     Returns:
         the moving average of the weights as a module in evaluation mode (``module`` itself without averaging).
 
     Raises:
-        TrainingError: the loss or its gradient is not finite.
+        TrainingError: the loss or its gradient is not finite, or the GPU's memory does not suffice.
         InputError: the checkpoint is damaged or was made with other numbers.
     """
     folder = Path(folder)
     device = next(module.parameters()).device
-    optimiser = torch.optim.Adam(module.parameters(), lr=settings.lr, betas=settings.betas)
     average = copy.deepcopy(module) if settings.ema_decay > 0 else module
-    log = _Log(folder / "log.csv")
+    modules: dict[str, nn.Module] = {"model": module}
+    if average is not module:
+        modules["average"] = average
+    trained = {"optimiser": module}
+    if opponent:
+        modules["opponent"] = trained["opponent_optimiser"] = opponent.module
+    optimisers: dict[str, torch.optim.Optimizer] = {
+        name: torch.optim.Adam(one.parameters(), lr=settings.lr, betas=settings.betas) for name, one in trained.items()
+    }
+    log, writes = Log(folder / "log.csv"), processes.rank() == 0
     start = 0
     if (folder / "checkpoint.safetensors").exists():
-        start = _resume(folder / "checkpoint.safetensors", module, average, optimiser, fingerprint)
+        start = load_checkpoint(folder / "checkpoint.safetensors", modules, optimisers, fingerprint)
     log.keep_before(start)
-    board = _tensorboard(folder)
+    board = tensorboard(folder) if writes else None
     end = settings.steps if stop_after is None else min(settings.steps, start + stop_after)
     saved = time.monotonic()
     generator = torch.Generator()
-    # fp16 overflows in the VQGAN; bf16 has the range of fp32.
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    parts, precision = own_parts(settings), mixed_precision(settings, device)
     module.train()
-    for step in progress(range(start, end), label, settings.steps, initial=start):
-        generator.manual_seed(seed * 1_000_003 + step)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        with torch.autocast("cuda", torch.bfloat16) if bf16 else contextlib.nullcontext():
-            loss, values = loss_of_step(step, generator)
-        value = float(loss.detach())
+    steps: Any = range(start, end)
+    for step in progress(steps, label, settings.steps, initial=start) if writes else steps:
+        for optimiser in optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(settings, step)
+        value, values = 0.0, {}
+        for part in parts:
+            generator.manual_seed(seed * 1_000_003 + step)  # anew for every part: each draws the whole batch's noise
+            with _memory_in_words(folder, device):
+                loss, found = _backward(loss_of_step, step, generator, part, opponent, precision, len(parts))
+            value += loss / len(parts)
+            for key, number in found.items():
+                values[key] = values.get(key, 0.0) + float(number) / len(parts)
+        if step == start and device.type == "cuda" and writes:
+            _report_memory(label, device)
+        value = processes.mean_over_processes(value, device)
         _require_finite(folder, "loss", value, settings, step)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(module.parameters(), settings.grad_clip))
-        # A finite loss can have an infinite gradient; one such step and the next checkpoint would hold NaN for ever.
-        _require_finite(folder, "gradient", norm, settings, step)
-        optimiser.step()
+        norms = {}
+        for name, one in trained.items():
+            processes.average_gradients(one.parameters())
+            norms[name] = float(nn.utils.clip_grad_norm_(one.parameters(), settings.grad_clip))
+            # A finite loss can have an infinite gradient; one such step and the next checkpoint would hold NaN forever.
+            _require_finite(folder, "gradient", norms[name], settings, step)
+        for optimiser in optimisers.values():
+            optimiser.step()
         if average is not module:
             _update_average(average, module, settings.ema_decay, step)
         done = step + 1
         row: dict[str, float] = {}
         if step % settings.log_every == 0 or done == settings.steps:
-            row = {"loss": value, "grad_norm": norm, **{k: float(v) for k, v in values.items()}}
+            row = {"loss": value, "grad_norm": norms["optimiser"], **values}
         if validate and (done == settings.steps or (settings.validate_every and done % settings.validate_every == 0)):
             row |= validate(average.eval())
             module.train()
@@ -122,13 +191,57 @@ def fit(
             if board:
                 for key, number in row.items():
                     board.add_scalar(key, number, step)
-        if done == end or time.monotonic() - saved > settings.checkpoint_every_s:
+        if writes and (done == end or time.monotonic() - saved > settings.checkpoint_every_s):
             log.write()
-            _save(folder / "checkpoint.safetensors", module, average, optimiser, done, fingerprint)
+            save_checkpoint(folder / "checkpoint.safetensors", modules, optimisers, done, fingerprint)
             saved = time.monotonic()
     if board:
         board.close()
+    processes.barrier()
     return average.eval()
+
+
+def _backward(
+    loss_of_step: LossOfStep,
+    step: int,
+    generator: torch.Generator,
+    part: slice,
+    opponent: Opponent | None,
+    precision: Callable[[], contextlib.AbstractContextManager],
+    shares: int,
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of some rows; the gradients add to what is there, weighted by one share."""
+    if opponent:
+        opponent.module.requires_grad_(False)
+    with precision():
+        loss, values = loss_of_step(step, generator, part)
+    (loss / shares).backward()
+    if opponent:
+        opponent.module.requires_grad_(True)
+        with precision():
+            against, more = opponent.loss()
+        if against.requires_grad:  # before the discriminators switch on there is nothing to learn
+            (against / shares).backward()
+        values = {**values, **more}
+    return float(loss.detach()), values
+
+
+def _report_memory(label: str, device: torch.device) -> None:
+    """One line after the first step, long before a night's run fails."""
+    peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    print(f"{label}: a step needs {peak / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB.", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _memory_in_words(folder: Path, device: torch.device) -> Any:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        total = torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else 0.0
+        raise TrainingError(
+            f"{folder}: a step needs more than the GPU's {total:.1f} GB. Set `accumulate` to 2 or more (smaller "
+            "micro-batches of the same batch) or `checkpointing` in the preset's training section."
+        ) from error
 
 
 def _require_finite(folder: Path, what: str, value: float, settings: TrainPreset, step: int) -> None:
@@ -144,118 +257,53 @@ def _update_average(average: nn.Module, module: nn.Module, decay: float, step: i
     decay = min(decay, (1 + step) / (10 + step))  # a short memory at first, or the random start would linger
     for slow, fast in zip(average.parameters(), module.parameters(), strict=True):
         slow.lerp_(fast, 1 - decay)
+    # The buffers are copied: the codes are moving averages already, and their use is counted, not learned.
     for slow, fast in zip(average.buffers(), module.buffers(), strict=True):
         slow.copy_(fast)
 
 
-def _save(
-    path: Path, module: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer, step: int, fingerprint: dict
-) -> None:
-    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
-    if average is not module:
-        tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    write_safetensors(path, tensors, {"step": step, "fingerprint": fingerprint})
+def main(arguments: list[str] | None = None) -> int:
+    """Train one stage of a preset from the command line; returns the exit code.
 
-
-def _resume(
-    path: Path, module: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer, fingerprint: dict
-) -> int:
-    """Restore everything from a checkpoint; return the next step."""
-    tensors, metadata = read_safetensors(path)
-    if metadata.get("fingerprint") != json.loads(json.dumps(fingerprint)):
-        raise InputError(
-            f"{path}: was made with other numbers ({differences(metadata.get('fingerprint'), fingerprint)}); "
-            "choose another run folder or remove this one."
-        )
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    load_state(module, part("model."), path)
-    if average is not module:
-        load_state(average, part("average."), path)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in part("optimiser.").items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return int(metadata["step"])
-
-
-def load_state(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Strict ``load_state_dict`` whose error names the file."""
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path}: the weights do not fit {type(module).__name__} ({str(error).splitlines()[-1].strip()}); "
-            "they are of another preset or version, train again."
-        ) from error
-
-
-def differences(found: Any, expected: Any, where: str = "") -> str:
-    """The first few leaves in which two JSON values differ, as words."""
-    expected = json.loads(json.dumps(expected))
-    if isinstance(found, dict) and isinstance(expected, dict):
-        parts = [
-            differences(found.get(key), expected.get(key), f"{where}.{key}".strip("."))
-            for key in sorted(set(found) | set(expected))
-            if found.get(key) != expected.get(key)
-        ]
-        return ", ".join(parts[:3])
-    return f"{where}: found {found!r}, now {expected!r}"
-
-
-class _Log:
-    """Rows of ``log.csv``; held in memory, written atomically with each checkpoint, so that the two always agree."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = list(read_log_rows(path)) if path.exists() else []
-
-    def keep_before(self, step: int) -> None:
-        self.rows = [row for row in self.rows if int(row["step"]) < step]
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        self.rows.append({"step": step, **values})
-
-    def write(self) -> None:
-        names = list(dict.fromkeys(key for row in self.rows for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        with atomic_path(self.path) as temporary:
-            temporary.write_text(text.getvalue())
-
-
-def read_log_rows(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a ``log.csv`` as dictionaries of text."""
-    with open(path, newline="") as handle:
-        return list(csv.DictReader(handle))
-
-
-def read_log(folder: str | Path, column: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one column of a run's log.
-
-    Raises:
-        InputError: no log there, or no such column.
+    accelerate launch -m difr3ct_core.training --stage vqgan --preset paper
+    accelerate launch -m difr3ct_core.training --stage ldm --views 8view --preset paper --set accumulate=4
+    ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m difr3ct_core.training ...       (without a GPU)
     """
-    path = Path(folder) / "log.csv"
-    if not path.exists():
-        raise InputError(f"{path}: no such file, expected the log of a training run; train it first.")
-    rows = [row for row in read_log_rows(path) if row.get(column)]
-    if not rows:
-        raise InputError(f"{path}: has no values in column {column!r}.")
-    return [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
+    import argparse
+
+    from . import stages
+    from .chapters import Chapter
+    from .checks import pick_device
+    from .presets import get_preset
+
+    parser = argparse.ArgumentParser(prog="python -m difr3ct_core.training", description=main.__doc__.split(";")[0])
+    parser.add_argument("--stage", choices=("vqgan", "ldm"), required=True, help="the LDM trains its VQGAN if need be")
+    parser.add_argument("--preset", default="paper", help="tiny, small or paper (default)")
+    parser.add_argument("--views", default="8view", help="set of views of the LDM (8view, 2view, ...), or any")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the cohorts")
+    parser.add_argument("--run", type=Path, help="run folder (default: runs/PRESET)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--stop-after", type=int, help="leave after so many steps; the next call goes on")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of this stage's training")
+    options = parser.parse_args(arguments)
+    try:
+        processes.connect()
+        device = processes.own_device(pick_device(options.device))
+        preset = stages.with_settings(get_preset(options.preset), f"train_{options.stage}", options.set)
+        chapter = Chapter(
+            "training", preset, options.data, options.run or Path("runs") / preset.name, options.seed, device
+        )
+        if options.stage == "vqgan":
+            chapter.vqgan(options.stop_after)
+        else:
+            chapter.ldm(options.views, options.stop_after)
+    except (InputError, TrainingError) as error:
+        if processes.rank() == 0:
+            print(f"training: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _tensorboard(folder: Path) -> Any:
-    """A TensorBoard writer when TensorBoard is installed and wanted: ``DIFR3CT_TENSORBOARD=1``."""
-    if not os.environ.get("DIFR3CT_TENSORBOARD"):
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"))
+if __name__ == "__main__":
+    sys.exit(main())

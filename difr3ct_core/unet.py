@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .files import InputError
 from .presets import UNetPreset
@@ -81,6 +82,7 @@ class UNet3d(nn.Module):
         super().__init__()
         p, widths = preset, preset.widths
         self.condition_channels = condition_channels
+        self.checkpointing = False  # see TrainPreset
         time_channels = 4 * widths[0]
         self.time = nn.Sequential(
             nn.Linear(widths[0], time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels)
@@ -135,8 +137,9 @@ class UNet3d(nn.Module):
             h = self._run(blocks, torch.cat([grow(h), skip], dim=1), time)
         return self.head(h)
 
-    @staticmethod
-    def _run(blocks: nn.ModuleList, h: Tensor, time: Tensor) -> Tensor:
+    def _run(self, blocks: nn.ModuleList, h: Tensor, time: Tensor) -> Tensor:
         for block in blocks:
-            h = block(h, time) if isinstance(block, TimeResidualBlock) else block(h)
+            inputs = (h, time) if isinstance(block, TimeResidualBlock) else (h,)
+            again = self.checkpointing and self.training
+            h = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         return h

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from . import processes
 from .files import InputError
 from .presets import VQGANPreset
 
@@ -49,6 +51,13 @@ class ResidualBlock3d(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
+def _run(layers: nn.Sequential, x: Tensor, checkpointing: bool) -> Tensor:
+    """All layers; with checkpointing only their inputs are kept, and the rest is computed again going backward."""
+    for layer in layers:
+        x = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
+    return x
+
+
 class Encoder(nn.Module):
     """Volume -> latent vectors before quantisation; each level halves the grid."""
 
@@ -62,13 +71,14 @@ class Encoder(nn.Module):
             width *= 2
         layers += [nn.GroupNorm(p.groups, width), nn.SiLU(), nn.Conv3d(width, p.latent_channels, 1)]
         self.layers = nn.Sequential(*layers)
+        self.checkpointing = False  # see TrainPreset
 
     def forward(self, volume: Float[Tensor, "b 1 Z Y X"]) -> Float[Tensor, "b d z y x"]:
         if any(edge % self.factor for edge in volume.shape[2:]):  # strides would drop the last voxels unsaid
             raise InputError(
                 f"volume: found {tuple(volume.shape[2:])} voxels, expected multiples of {self.factor} on each axis."
             )
-        return self.layers(_fold(volume))
+        return _run(self.layers, _fold(volume), self.checkpointing and self.training)
 
 
 class Decoder(nn.Module):
@@ -85,9 +95,10 @@ class Decoder(nn.Module):
             layers += [ResidualBlock3d(width, p.groups), ResidualBlock3d(width, p.groups)]
         layers += [nn.GroupNorm(p.groups, width), nn.SiLU(), nn.Conv3d(width, 8, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
+        self.checkpointing = False
 
     def forward(self, code: Float[Tensor, "b d z y x"]) -> Float[Tensor, "b 1 Z Y X"]:
-        return _unfold(self.layers(code))
+        return _unfold(_run(self.layers, code, self.checkpointing and self.training))
 
 
 class Codebook(nn.Module):
@@ -136,12 +147,14 @@ class Codebook(nn.Module):
         """
         b, _, z, y, x = latent.shape
         flat = rearrange(latent.detach().float(), "b d z y x -> (b z y x) d")
+        # All processes see all latent vectors (they are few and small), so that their codes never differ.
+        everyone = processes.gather_rows(flat) if self.training else flat
         if self.training and not self.initialised:
-            self._initialise(flat, generator)
+            self._initialise(everyone, generator)
         index = self.nearest(flat)
         quantised = rearrange(self.codes[index], "(b z y x) d -> b d z y x", b=b, z=z, y=y, x=x).to(latent.dtype)
         if self.training:
-            self._update(flat, index, generator)
+            self._update(everyone, index if everyone is flat else self.nearest(everyone), generator)
         return latent + (quantised - latent).detach(), index.view(b, z, y, x)
 
     def _random_rows(self, flat: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

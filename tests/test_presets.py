@@ -55,6 +55,8 @@ def _wrong_values(value) -> list:
         else:
             wrong.append([0.5, 0.9, 0.99])  # two betas
         return wrong
+    if isinstance(value, bool):
+        return ["true", None, 1, 0.0, [True], {}]
     wrong = ["3", None, True, [3], {}]
     return [*wrong, 3.5] if isinstance(value, int) else wrong
 

@@ -127,7 +127,7 @@ def test_the_seed_decides(runs, tmp_path):
 
 
 def test_validation_is_logged(tmp_path):
-    from difr3ct_core.training import read_log
+    from difr3ct_core.checkpoints import read_log
 
     train_vqgan(patients(), SMALL, tmp_path / "v", validation=patients(5, 3))
     steps, values = read_log(tmp_path / "v", "val_psnr")

@@ -13,16 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from difr3ct_core.checkpoints import differences, read_log, read_log_rows
 from difr3ct_core.files import InputError, read_safetensors
 from difr3ct_core.presets import TrainPreset, VQGANPreset
-from difr3ct_core.training import (
-    TrainingError,
-    differences,
-    fit,
-    learning_rate,
-    read_log,
-    read_log_rows,
-)
+from difr3ct_core.training import Opponent, TrainingError, fit, learning_rate
 from difr3ct_core.vqgan import VQGAN
 
 SETTINGS = TrainPreset(steps=24, batch_size=2, lr=3e-3, warmup_steps=4, ema_decay=0.9, log_every=3, validate_every=5)
@@ -36,9 +30,9 @@ def toy(seed: int = 0) -> VQGAN:
 
 
 def toy_loss(model: nn.Module):
-    def loss_of_step(step, generator):
+    def loss_of_step(step, generator, part):
         coarse = torch.randn(2, 1, 2, 3, 4, generator=generator)
-        volume = nn.functional.interpolate(coarse, scale_factor=4.0, mode="trilinear").tanh()
+        volume = nn.functional.interpolate(coarse[part], scale_factor=4.0, mode="trilinear").tanh()
         return model.loss(volume, generator)
 
     return loss_of_step
@@ -180,8 +174,8 @@ def broken_from(step_of_nan: int, where: str):
     def loss_of_step_for(model):
         plain = toy_loss(model)
 
-        def loss_of_step(step, generator):
-            loss, values = plain(step, generator)
+        def loss_of_step(step, generator, part):
+            loss, values = plain(step, generator, part)
             if step >= step_of_nan:
                 weight = next(model.parameters()).flatten()[0]
                 loss = loss * math.nan if where == "loss" else loss + (weight - weight.detach()).abs().sqrt()
@@ -237,7 +231,15 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
     train(tmp_path / "run", stop_after=2)
     model = nn.Linear(2, 3)
     with pytest.raises(InputError, match=r"checkpoint\.safetensors: the weights do not fit Linear"):
-        fit(model, lambda step, generator: (model.weight.sum(), {}), SETTINGS, tmp_path / "run", FINGERPRINT, "toy", 5)
+        fit(
+            model,
+            lambda step, generator, part: (model.weight.sum(), {}),
+            SETTINGS,
+            tmp_path / "run",
+            FINGERPRINT,
+            "toy",
+            5,
+        )
 
 
 def test_differences():
@@ -275,7 +277,7 @@ class Ramp(nn.Module):
 def ramp(folder: Path, settings: TrainPreset) -> tuple[Ramp, Ramp]:
     model = Ramp()
 
-    def loss_of_step(step, generator):
+    def loss_of_step(step, generator, part):
         model.count.fill_(step)
         return -model.w.sum(), {}
 
@@ -310,7 +312,7 @@ def test_gradients_are_clipped(tmp_path):
     """The log has the norm before clipping; Adam's first moment has the clipped gradient."""
     model = nn.Linear(3, 1, bias=False)
     settings = TrainPreset(steps=1, batch_size=1, lr=0.1, grad_clip=0.5, log_every=1)
-    fit(model, lambda step, generator: (1e3 * model.weight.sum(), {}), settings, tmp_path / "run", {}, "clip", 0)
+    fit(model, lambda step, generator, part: (1e3 * model.weight.sum(), {}), settings, tmp_path / "run", {}, "clip", 0)
     assert read_log(tmp_path / "run", "grad_norm")[1] == [pytest.approx(1e3 * math.sqrt(3), rel=1e-5)]
     tensors, _ = read_safetensors(tmp_path / "run" / "checkpoint.safetensors")
     assert float(tensors["optimiser.0.exp_avg"].norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)
@@ -340,3 +342,98 @@ def test_validation_sees_the_average_in_evaluation_mode(tmp_path):
         lambda average: modes.append((average is model, average.training, model.training)) or {},
     )  # fmt: skip
     assert set(modes) == {(False, False, True)}
+
+
+# --- parts of a batch, opponents -----------------------------------------------------------------------------------
+
+
+class Guess(nn.Module):
+    """A number, and a critic that learns how far it is from 3."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(start))
+
+
+def duel(folder: Path, stop_after: int | None = None) -> tuple[nn.Module, Guess]:
+    """The model minimises (weight - critic)², the critic (critic - 3)² + weight: its optimum ignores the model."""
+    torch.manual_seed(0)
+    model, critic = Guess(0.0), Guess(1.0)
+    left: dict[str, torch.Tensor] = {}
+
+    def loss_of_step(step, generator, part):
+        assert not critic.weight.requires_grad
+        left["fake"] = model.weight.detach()
+        return (model.weight - critic.weight).square(), {}
+
+    def against():
+        assert critic.weight.requires_grad
+        return (critic.weight - 3).square() + left["fake"], {"critic": critic.weight.detach()}
+
+    settings = TrainPreset(steps=400, batch_size=1, lr=0.05, lr_decay="constant", ema_decay=0.0, log_every=100)
+    done = fit(model, loss_of_step, settings, folder, {}, "duel", 0, None, stop_after, Opponent(critic, against))
+    return done, critic
+
+
+def test_an_opponent_has_an_optimiser_of_its_own(tmp_path):
+    model, critic = duel(tmp_path / "run")
+    assert critic.weight.item() == pytest.approx(3.0, abs=0.02)  # the model's loss did not pull at it
+    assert model.weight.item() == pytest.approx(3.0, abs=0.05)
+    assert float(read_log(tmp_path / "run", "critic")[1][0]) == 1.0
+
+
+def test_resume_with_an_opponent_is_bit_for_bit(tmp_path):
+    duel(tmp_path / "straight")
+    for _ in range(3):
+        duel(tmp_path / "parts", stop_after=90)
+    duel(tmp_path / "parts")
+    assert_same_run(tmp_path / "straight", tmp_path / "parts")
+    tensors, _ = read_safetensors(tmp_path / "parts" / "checkpoint.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"model", "opponent", "optimiser", "opponent_optimiser"}
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_give_the_curve_of_the_batch(tmp_path, accumulate):
+    """Noise belongs to the row, not to the call: the mean over micro-batches is the loss of the batch."""
+    curves = []
+    for parts in (1, accumulate):
+        settings = dataclasses.replace(SETTINGS, batch_size=4, accumulate=parts, log_every=1, steps=12)
+        torch.manual_seed(3)
+        model = nn.Conv3d(1, 1, 3)
+
+        def loss_of_step(step, generator, part, model=model):
+            return model(torch.randn(4, 1, 5, 6, 7, generator=generator)[part]).square().mean(), {}
+
+        fit(model, loss_of_step, settings, tmp_path / str(parts), {}, "parts", 0)
+        curves.append(read_log(tmp_path / str(parts), "loss")[1])
+    assert len(curves[0]) == 12
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_shared_out(tmp_path):
+    settings = dataclasses.replace(SETTINGS, batch_size=4, accumulate=3)
+    with pytest.raises(InputError, match=r"batch_size: found 4, expected a multiple of 3 = 1 processes x 3 micro"):
+        train(tmp_path / "run", settings=settings)
+
+
+def test_unknown_precision(tmp_path):
+    with pytest.raises(InputError, match="precision: found 'fp16', expected 'auto', 'bf16' or 'fp32'"):
+        train(tmp_path / "run", settings=dataclasses.replace(SETTINGS, precision="fp16"))
+
+
+def test_bf16_trains_to_nearly_the_same(tmp_path):
+    curves = []
+    for precision in ("fp32", "bf16"):
+        settings = dataclasses.replace(SETTINGS, precision=precision, log_every=1)
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv3d(1, 16, 3), nn.SiLU(), nn.Conv3d(16, 1, 3))
+
+        def loss_of_step(step, generator, part, model=model):
+            x = torch.randn(4, 1, 8, 9, 10, generator=generator)[part]
+            return (model(x).float() - x[:, :, 2:-2, 2:-2, 2:-2]).square().mean(), {}
+
+        fit(model, loss_of_step, settings, tmp_path / precision, {}, "bf16", 0)
+        curves.append(read_log(tmp_path / precision, "loss")[1])
+    assert curves[1] != curves[0]
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+    assert curves[0][-1] < 0.7 * curves[0][0]
