@@ -89,11 +89,17 @@ class Chapter:
         xrays = render_xrays(hu[None], views, volume, self.preset.xray)
         return Patients(("LIDC-IDRI-0001",), hu.to(torch.int16)[None], organs[None], xrays, views, volume)
 
+    @property
+    def vgg16(self) -> Path | None:
+        """Weights of the perceptual loss, if ``data_scripts/fetch_vgg16.py`` brought them."""
+        path = self.data / "vgg16" / "vgg16_lpips.safetensors"
+        return path if path.exists() else None
+
     def vqgan(self, stop_after: int | None = None) -> VQGAN:
         """The trained autoencoder (chapter 02)."""
         return train_vqgan(
             self.patients("train"), self.preset, self.run / "vqgan", self.seed, self.device, self.patients("val"),
-            stop_after,
+            stop_after, self.vgg16,
         )  # fmt: skip
 
     def ldm_folder(self, view_set: str) -> Path:

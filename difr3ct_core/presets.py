@@ -86,6 +86,15 @@ class VQGANPreset:
     l1_weight: float = 4.0  # TATS
     restart_below: float = 0.05  # codes used less than this share of the mean use restart; our choice, see Codebook
     groups: int = 8  # GroupNorm; our choice
+    # Eq. 11-14; 0 is off. TATS: perceptual 4, each GAN 1, feature matching 4, from step 10,000 on.
+    perceptual_weight: float = 0.0
+    image_gan_weight: float = 0.0
+    volume_gan_weight: float = 0.0
+    feature_weight: float = 0.0
+    gan_start: int = 0  # step
+    gan_ramp: int = 1000  # steps from no weight to full weight; our choice
+    critic_channels: int = 64  # TATS
+    critic_strides: int = 3  # TATS
 
 
 @dataclass(frozen=True)
@@ -277,7 +286,15 @@ PRESETS: dict[str, Preset] = {
         volume=VolumePreset(size=128),
         xray=XrayPreset(detector_size=128),
         cohort=CohortPreset(n_train=868, n_val=50, n_test=100, draw_size=128),
-        vqgan=VQGANPreset(base_channels=64),
+        vqgan=VQGANPreset(
+            base_channels=64,
+            perceptual_weight=4.0,
+            image_gan_weight=1.0,
+            volume_gan_weight=1.0,
+            feature_weight=4.0,
+            gan_start=10_000,
+            gan_ramp=10_000,
+        ),
         fusion=FusionPreset(widths=(64, 128, 256, 256), out_channels=64),
         unet=UNetPreset(widths=(64, 128, 256, 512), attention_from_level=2),
         # 500 epochs of 868 volumes at batch 1, Adam: §V-B.

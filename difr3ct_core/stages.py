@@ -28,8 +28,9 @@ from .geometry import views_to_json
 from .metrics import psnr
 from .presets import VIEW_SETS, Preset, TrainPreset
 from .results import provenance
-from .training import fit
+from .training import Opponent, fit
 from .vqgan import VQGAN
+from .vqgan_losses import Critics, Perceptual
 
 
 def _fingerprint_of_data(patients: Patients) -> str:
@@ -53,6 +54,15 @@ MANNER = (
 def _numbers(settings: TrainPreset) -> dict[str, Any]:
     """What of a training's settings decides its result."""
     return {name: value for name, value in dataclasses.asdict(settings).items() if name not in MANNER}
+
+
+def _critics(preset: Preset, vgg16: str | Path | None, device: str | torch.device) -> Critics | None:
+    """The judges of Eq. 12-14, or None where the preset leaves all of their terms out."""
+    p = preset.vqgan
+    if not any((p.perceptual_weight, p.image_gan_weight, p.volume_gan_weight)):
+        return None
+    look = Perceptual(vgg16).to(device) if vgg16 is not None and p.perceptual_weight > 0 else None
+    return Critics(p, look).to(device)
 
 
 def with_settings(preset: Preset, section: str, words: Sequence[str]) -> Preset:
@@ -127,6 +137,7 @@ def train_vqgan(
     device: str | torch.device = "cpu",
     validation: Patients | None = None,
     stop_after: int | None = None,
+    vgg16: str | Path | None = None,
 ) -> VQGAN:
     """The autoencoder of ``folder``: loaded if finished, else trained (§III-B), else resumed.
 
@@ -138,21 +149,34 @@ def train_vqgan(
         device: where to train.
         validation: patients whose mean PSNR (window peak, dB) is logged as ``val_psnr``.
         stop_after: see :func:`fit`; the model returned is then unfinished.
+        vgg16: weights of the perceptual loss (``data_scripts/fetch_vgg16.py``); None leaves the term out, and says so.
     """
     folder = Path(folder)
     path = folder / "weights.safetensors"
     settings = preset.train_vqgan
     fingerprint = {**_common(preset, train, seed), "kind": "vqgan", "training": _numbers(settings)}
+    if preset.vqgan.perceptual_weight > 0:
+        fingerprint["perceptual"] = vgg16 is not None
     if _finished(path, fingerprint):
         return load_vqgan(path, device)[0]
     torch.manual_seed(seed)
     model = VQGAN(preset.vqgan).to(device)
     _prepare([model.encoder, model.decoder], settings)
+    critics = _critics(preset, vgg16, device)
+    without = preset.vqgan.perceptual_weight > 0 and vgg16 is None
+    if without and processes.rank() == 0:
+        print("training VQGAN: the perceptual loss is off, VGG16 is missing; data_scripts/fetch_vgg16.py brings it.")
     began = time.monotonic()
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch_index(len(train), settings.batch_size, step, seed)[part]
-        return model.loss(train.unit(rows).to(device), generator)
+        if critics is None:
+            return model.loss(train.unit(rows).to(device), generator)
+        depth = preset.volume.size
+        slices = torch.randint(depth, (settings.batch_size,), generator=generator)[part]
+        return model.loss(
+            train.unit(rows).to(device), generator, lambda real, fake: critics.judge(real, fake, step, slices)
+        )
 
     def validate(average: nn.Module) -> dict[str, float]:
         assert validation is not None
@@ -164,6 +188,7 @@ def train_vqgan(
     best = fit(
         model, loss_of_step, settings, folder, fingerprint, "training VQGAN", seed,
         validate if validation is not None else None, stop_after,
+        None if critics is None else Opponent(critics, critics.loss),
     )  # fmt: skip
     assert isinstance(best, VQGAN)
     best.fit_latent_scale([train.unit(slice(i, i + 8)).to(device) for i in range(0, min(len(train), 128), 8)])
@@ -174,6 +199,7 @@ def train_vqgan(
             {
                 "kind": "vqgan",
                 "preset": preset.to_dict(),
+                "perceptual": preset.vqgan.perceptual_weight > 0 and not without,
                 "fingerprint": fingerprint,
                 "provenance": provenance(preset.name, seed, device, time.monotonic() - began),
             },

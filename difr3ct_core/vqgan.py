@@ -12,6 +12,8 @@ The autoencoder owns the scale of its latents: :meth:`VQGAN.encode` gives pre-qu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -253,13 +255,29 @@ class VQGAN(nn.Module):
         return torch.cat(parts)
 
     def loss(
-        self, volume: Float[Tensor, "b 1 Z Y X"], generator: torch.Generator | None = None
+        self,
+        volume: Float[Tensor, "b 1 Z Y X"],
+        generator: torch.Generator | None = None,
+        judge: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction and commitment, the first two terms of Eq. 11: w_L1·|x - x̂| + w_c·||z - sg(e)||²."""
+        """Eq. 11 and 14: w_L1·|x - x̂| + w_c·||z - sg(e)||² + what ``judge(x, x̂)`` adds.
+
+        Args:
+            volume: CTs in [-1, 1].
+            generator: of the restarts of codes.
+            judge: perceptual and adversarial terms, see :meth:`difr3ct_core.vqgan_losses.Critics.judge`.
+
+        Returns:
+            the loss, and its terms for the log.
+        """
         reconstruction, terms = self(volume, generator)
         l1 = (reconstruction - volume).abs().mean()
         total = self.preset.l1_weight * l1 + self.preset.commitment_weight * terms["commitment"]
-        return total, {"l1": l1.detach(), "commitment": terms["commitment"].detach(), "perplexity": terms["perplexity"]}
+        values = {"l1": l1.detach(), "commitment": terms["commitment"].detach(), "perplexity": terms["perplexity"]}
+        if judge is not None:
+            look, more = judge(volume, reconstruction)
+            total, values = total + look, values | more
+        return total, values
 
     def live_codes(self) -> float:
         """Share of codes in use: those with at least a tenth of the mean use."""
