@@ -267,18 +267,20 @@ PRESETS: dict[str, Preset] = {
         train_vqgan=TrainPreset(steps=500, batch_size=8, lr=2e-3, betas=(0.5, 0.9), warmup_steps=50),
         train_ldm=TrainPreset(steps=450, batch_size=16, lr=1e-3, warmup_steps=50),
     ),
-    # Hours on a CPU, minutes on a GPU: pictures that a student recognises.
+    # An hour and a half on two CPU cores, whose bf16 halves the time: pictures that a student recognises.
     "small": Preset(
         name="small",
         volume=VolumePreset(size=64),
         xray=XrayPreset(detector_size=64),
         cohort=CohortPreset(n_train=768, n_val=32, n_test=32, draw_size=64),
-        vqgan=VQGANPreset(base_channels=32, codebook_size=2048),
+        vqgan=VQGANPreset(base_channels=16, codebook_size=2048),
         fusion=FusionPreset(widths=(32, 64, 96, 96), out_channels=48),
-        unet=UNetPreset(widths=(64, 128, 192), attention_from_level=2),
+        unet=UNetPreset(widths=(48, 96, 128), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
         diffusion=DiffusionPreset(prediction="v"),
-        train_vqgan=TrainPreset(steps=20000, batch_size=4, lr=1e-3, betas=(0.5, 0.9), warmup_steps=200),
-        train_ldm=TrainPreset(steps=40000, batch_size=16, lr=5e-4, warmup_steps=500),
+        train_vqgan=TrainPreset(
+            steps=1000, batch_size=8, lr=2e-3, betas=(0.5, 0.9), warmup_steps=50, precision="bf16", validate_every=250
+        ),
+        train_ldm=TrainPreset(steps=900, batch_size=16, lr=1e-3, warmup_steps=50, precision="bf16"),
     ),
     # The paper's own numbers, where its text gives them (§IV, §V).
     "paper": Preset(
