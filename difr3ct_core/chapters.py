@@ -35,6 +35,7 @@ from .processes import first_alone
 from .results import Result, load_result, provenance, save_result
 from .stages import train_ldm, train_vqgan
 from .vqgan import VQGAN
+from .weights import load_ldm, load_vqgan
 
 
 def project_root() -> Path:
@@ -51,6 +52,9 @@ def project_root() -> Path:
 
 class Chapter:
     """Data, models and results of one run of one chapter; make it with :func:`open_chapter`."""
+
+    #: Whether weights that ship with the project are used where the run has none of its own.
+    shipped = True
 
     def __init__(self, name: str, preset: Preset, data: Path, run: Path, seed: int, device: torch.device) -> None:
         self.name, self.preset, self.data, self.run = name, preset, data, run
@@ -96,22 +100,43 @@ class Chapter:
         return path if path.exists() else None
 
     def vqgan(self, stop_after: int | None = None) -> VQGAN:
-        """The trained autoencoder (chapter 02)."""
+        """The trained autoencoder (chapter 02): shipped, finished, or trained now."""
+        if (path := self.weights("vqgan")).suffix:
+            return load_vqgan(path, self.device)[0]
         return train_vqgan(
             self.patients("train"), self.preset, self.run / "vqgan", self.seed, self.device, self.patients("val"),
             stop_after, self.vgg16,
         )  # fmt: skip
 
-    def ldm_folder(self, view_set: str) -> Path:
-        """Run folder of the diffusion model for a set of views: what ``reconstruct`` takes as ``weights``."""
-        return self.run / f"ldm-{view_set}"
+    def weights(self, model: str) -> Path:
+        """Where the weights of a model are or will be: a file that ships with the project, or its run folder.
+
+        A run folder of one's own always goes first, so ``--run`` or a started training replaces what was shipped.
+
+        Args:
+            model: "vqgan", "ldm-8view", ..., "ldm-any". Where no model of those views was shipped, the any-view model
+                serves them.
+        """
+        own = self.run / model
+        if own.exists() or not self.shipped:
+            return own
+        names = [model, "ldm-any"] if model.startswith("ldm-") else [model]
+        files = [project_root() / "pretrained" / f"{self.preset.name}-{name}.safetensors" for name in names]
+        return next((path for path in files if path.exists()), own)
+
+    def log(self, model: str) -> Path:
+        """Folder or file with the log of a model's training, for :func:`difr3ct_core.checkpoints.read_log`."""
+        path = self.weights(model)
+        return path.with_suffix(".csv") if path.suffix else path
 
     def ldm(self, view_set: str, stop_after: int | None = None) -> LatentDiffusion:
         """The trained diffusion model for a set of views (chapter 04), or "any" for the any-view model."""
+        if (path := self.weights(f"ldm-{view_set}")).suffix:
+            return load_ldm(path, self.device)[0]
         any_view = view_set == "any"
         return train_ldm(
             self.patients("train", None if any_view else view_set), self.vqgan(), self.preset,
-            self.ldm_folder(view_set), self.seed, self.device, stop_after, any_view,
+            self.run / f"ldm-{view_set}", self.seed, self.device, stop_after, any_view,
         )  # fmt: skip
 
     def save(

@@ -117,12 +117,12 @@ def read_log_rows(path: str | Path) -> list[dict[str, str]]:
 
 
 def read_log(folder: str | Path, column: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one column of a run's log.
+    """Steps and values of one column of a run's log, given by its folder or its CSV file.
 
     Raises:
         InputError: no log there, or no such column.
     """
-    path = Path(folder) / "log.csv"
+    path = Path(folder) if Path(folder).suffix == ".csv" else Path(folder) / "log.csv"
     if not path.exists():
         raise InputError(f"{path}: no such file, expected the log of a training run; train it first.")
     rows = [row for row in read_log_rows(path) if row.get(column)]

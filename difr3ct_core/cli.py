@@ -23,6 +23,7 @@ def _reconstruct(options: argparse.Namespace) -> None:
         guidance=options.guidance,
         device=options.device,
         batch=options.batch,
+        memory_gb=options.memory_gb,
     )
     written = result.save(options.out)
     took = result.provenance["wall_s"]
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     rec.add_argument("--guidance", type=float, help="guidance scale (default: the preset's)")
     rec.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... or auto")
     rec.add_argument("--batch", type=int, default=32, help="samples in memory at a time (default 32)")
+    rec.add_argument("--memory-gb", type=float, help="instead of --batch: a limit on the memory of sampling, in GB")
     rec.set_defaults(run=_reconstruct)
     options = parser.parse_args(arguments)
     try:

@@ -28,8 +28,8 @@ from .presets import Preset, VolumePreset
 from .progress import progress
 from .results import provenance
 from .sampling import draw
-from .stages import load_ldm
 from .vqgan import VQGAN
+from .weights import load_ldm
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,37 @@ def check_xrays(
             )
 
 
+#: What libraries and their work space take beside the arrays, measured on a CPU.
+_OVERHEAD_BYTES = 200_000_000
+
+
+def sample_bytes(preset: Preset) -> int:
+    """Memory that one more sample in a batch takes at its peak, in bytes: measured, rounded up.
+
+    Eight feature maps of the decoder at half resolution, eight of the denoiser at the latent's, and the volume twice.
+    """
+    decoder = 2 * preset.vqgan.base_channels * (preset.volume.size // 2) ** 3
+    denoiser = preset.unet.widths[0] * math.prod(preset.latent_shape[1:])
+    return 4 * (8 * decoder + 8 * denoiser + 2 * preset.volume.size**3)
+
+
+def batch_within(memory_gb: float, preset: Preset, n_volumes: int) -> int:
+    """The largest batch of samples that stays below ``memory_gb``, the ``n_volumes`` results included.
+
+    Raises:
+        InputError: not even one sample at a time does.
+    """
+    fixed = _OVERHEAD_BYTES + 4 * n_volumes * preset.volume.size**3
+    each = sample_bytes(preset)
+    batch = int((memory_gb * 1e9 - fixed) // each) if math.isfinite(memory_gb) else n_volumes
+    if batch < 1:
+        raise InputError(
+            f"memory_gb: found {memory_gb:g}, expected at least {math.ceil((fixed + each) / 1e7) / 100:g} for "
+            f"{n_volumes} samples of {preset.volume.size}³; give more, or draw fewer samples at a time."
+        )
+    return min(batch, n_volumes)
+
+
 def posterior_samples(
     ldm: LatentDiffusion,
     vqgan: VQGAN,
@@ -162,6 +193,7 @@ def posterior_samples(
     steps: int | None = None,
     guidance: float | None = None,
     batch: int = 32,
+    memory_gb: float | None = None,
 ) -> Float[Tensor, "b s z y x"]:
     """Samples in [-1, 1] for several patients at once: condition, draw, quantise, decode (§IV-B).
 
@@ -173,6 +205,7 @@ def posterior_samples(
         seed: of the noise; the same seed gives the same samples, whatever ``batch`` is.
         solver, steps, guidance: by default the preset's.
         batch: samples in memory at a time.
+        memory_gb: instead of ``batch``, a limit in GB that the whole call keeps (:func:`batch_within`).
 
     Returns:
         volumes on the CPU.
@@ -180,6 +213,8 @@ def posterior_samples(
     preset, p = ldm.preset, ldm.preset.sampling
     device = next(ldm.parameters()).device
     b = len(xrays)
+    if memory_gb is not None:
+        batch = batch_within(memory_gb, preset, b * n_samples)
     volumes = torch.empty(b * n_samples, *preset.volume.shape)
     with torch.inference_mode():
         condition = ldm.condition(xrays.to(device), views)
@@ -200,7 +235,7 @@ def posterior_samples(
                 generator=generators,
                 device=device,
             )
-            volumes[start : start + batch] = vqgan.decode(latent)[:, 0].cpu()
+            volumes[start : start + batch] = vqgan.decode(latent, min(batch, 8))[:, 0].cpu()
     return volumes.view(b, n_samples, *preset.volume.shape)
 
 
@@ -216,6 +251,7 @@ def reconstruct(
     device: str | torch.device = "cpu",
     batch: int = 32,
     affine: np.ndarray | None = None,
+    memory_gb: float | None = None,
 ) -> Reconstruction:
     """Reconstruct a distribution of CTs from planar x-rays.
 
@@ -229,6 +265,7 @@ def reconstruct(
         device: "cpu", "cuda", ..., or "auto".
         batch: samples in memory at a time.
         affine: where the cube lies in the patient; by default it is centred on the origin.
+        memory_gb: instead of ``batch``, a limit on the memory that sampling takes, in GB.
 
     Returns:
         samples, mean and standard deviation in HU.
@@ -250,7 +287,7 @@ def reconstruct(
     trained = views_from_json(metadata["views"], f"views of {weights}")
     check_xrays(images, views, trained, str(weights), int(metadata.get("any_view_most", 0)))
     unit = posterior_samples(
-        ldm, vqgan, images[None], views, n_samples, seed, solver, steps, guidance, batch
+        ldm, vqgan, images[None], views, n_samples, seed, solver, steps, guidance, batch, memory_gb
     )[0]  # fmt: skip
     samples = ct.unit_to_hu(unit, preset.volume)
     return Reconstruction(

@@ -8,6 +8,7 @@ and views inside; the file of a diffusion model holds its autoencoder too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import processes
-from .checkpoints import differences, load_state
+from .checkpoints import differences
 from .datasets import Patients, batch_index
 from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors, write_safetensors
@@ -31,6 +33,7 @@ from .results import provenance
 from .training import Opponent, fit
 from .vqgan import VQGAN
 from .vqgan_losses import Critics, Perceptual
+from .weights import load_ldm, load_vqgan, state_digest
 
 
 def _fingerprint_of_data(patients: Patients) -> str:
@@ -207,44 +210,6 @@ def train_vqgan(
     return best
 
 
-def load_vqgan(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQGAN, Preset]:
-    """A finished autoencoder and its preset.
-
-    Args:
-        path: ``weights.safetensors`` of a run, or the run's folder.
-
-    Raises:
-        InputError: not the weights of a VQGAN, truncated, or of another version.
-    """
-    path, tensors, preset, _ = _read_weights(path, "vqgan", ("preset",))
-    model = VQGAN(preset.vqgan)
-    load_state(model, tensors, path)
-    return model.to(device).eval(), preset
-
-
-def _read_weights(
-    path: str | Path, kind: str, required: tuple[str, ...]
-) -> tuple[Path, dict[str, Tensor], Preset, dict[str, Any]]:
-    """The file, its tensors, its preset and all its metadata."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "weights.safetensors"
-    if not path.exists() and (path.parent / "checkpoint.safetensors").exists():
-        raise InputError(f"{path}: no such file, but a checkpoint; the training is not finished, run it again.")
-    tensors, metadata = read_safetensors(path)
-    if metadata.get("kind") != kind:
-        raise InputError(
-            f"{path}: found weights of kind {metadata.get('kind')!r}, expected {kind!r}, the file that train_{kind} "
-            "writes."
-        )
-    if missing := [name for name in required if name not in metadata]:
-        raise InputError(f"{path}: its metadata lack {missing}, expected the file that train_{kind} writes.")
-    try:
-        return path, tensors, Preset.from_dict(metadata["preset"]), metadata
-    except InputError as error:
-        raise InputError(f"{path}: {error} It may be of another version; train again.") from error
-
-
 def fan_angles(preset: Preset) -> tuple[float, ...]:
     """Angles in degrees at which the any-view model sees x-rays in training: even over half a turn, from lateral on."""
     return tuple(180.0 * i / preset.any_view.fan for i in range(preset.any_view.fan))
@@ -263,6 +228,29 @@ def draw_views(preset: Preset, generator: torch.Generator) -> list[int]:
         return [angles.index(angle) for angle in chosen]
     count = int(torch.randint(1, p.most + 1, (), generator=generator))
     return sorted(torch.randperm(p.fan, generator=generator)[:count].tolist())
+
+
+def encoded(patients: Patients, vqgan: VQGAN, cache: Path) -> Float[Tensor, "n c z y x"]:
+    """Latents of all patients, from the file in ``cache`` if this autoencoder has encoded them before.
+
+    One file a pair of autoencoder and patients; those of autoencoders that are gone are removed.
+    """
+    key = {"autoencoder": state_digest(vqgan), "data": _fingerprint_of_data(patients)}
+    path = cache / f"{key['autoencoder']}-{key['data']}.safetensors"
+    if path.exists():
+        with contextlib.suppress(InputError):  # damaged: encode again
+            tensors, metadata = read_safetensors(path)
+            if metadata.get("key") == key:
+                return tensors["latents"]
+    device = next(vqgan.parameters()).device
+    parts = [vqgan.encode(patients.unit(slice(i, i + 8)).to(device)).cpu() for i in range(0, len(patients), 8)]
+    latents = torch.cat(parts)
+    if processes.rank() == 0:
+        write_safetensors(path, {"latents": latents}, {"key": key})
+        for old in cache.glob("*.safetensors"):
+            if not old.name.startswith(key["autoencoder"]):
+                old.unlink(missing_ok=True)
+    return latents
 
 
 def train_ldm(
@@ -310,7 +298,7 @@ def train_ldm(
     model = LatentDiffusion(preset).to(device)
     _prepare([model.unet], settings)
     vqgan = vqgan.to(device).eval()
-    latents = torch.cat([vqgan.encode(train.unit(slice(i, i + 8)).to(device)) for i in range(0, len(train), 8)])
+    latents = encoded(train, vqgan, folder.parent / "latents").to(device)
     began = time.monotonic()
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -340,30 +328,3 @@ def train_ldm(
             },
         )
     return best
-
-
-def load_ldm(
-    path: str | Path, device: str | torch.device = "cpu"
-) -> tuple[LatentDiffusion, VQGAN, Preset, dict[str, Any]]:
-    """A finished diffusion model, its autoencoder, its preset, and the metadata of the file (views, provenance).
-
-    Args:
-        path: ``weights.safetensors`` of a run, or the run's folder.
-
-    Raises:
-        InputError: not the weights of a diffusion model, truncated, or of another version.
-    """
-    path, tensors, preset, metadata = _read_weights(path, "ldm", ("preset", "views"))
-    model, vqgan = LatentDiffusion(preset), VQGAN(preset.vqgan)
-    load_state(model, {k.removeprefix("ldm."): v for k, v in tensors.items() if k.startswith("ldm.")}, path)
-    load_state(vqgan, {k.removeprefix("vqgan."): v for k, v in tensors.items() if k.startswith("vqgan.")}, path)
-    return model.to(device).eval(), vqgan.to(device).eval(), preset, metadata
-
-
-def state_digest(module: nn.Module) -> str:
-    """A short checksum of a module's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

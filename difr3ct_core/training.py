@@ -294,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         chapter = Chapter(
             "training", preset, options.data, options.run or Path("runs") / preset.name, options.seed, device
         )
+        chapter.shipped = False
         if options.stage == "vqgan":
             chapter.vqgan(options.stop_after)
         else:

@@ -13,7 +13,8 @@ from difr3ct_core.datasets import preset_views
 from difr3ct_core.files import InputError
 from difr3ct_core.geometry import standard_views
 from difr3ct_core.presets import VIEW_SETS
-from difr3ct_core.stages import draw_views, fan_angles, load_ldm, state_digest, train_ldm, train_vqgan
+from difr3ct_core.stages import draw_views, fan_angles, train_ldm, train_vqgan
+from difr3ct_core.weights import load_ldm, state_digest
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_data_and_models_are_made_once_and_loaded_afterwards(chapter: Chapter):
     two = chapter.patients("test", "2view")
     assert [view.angle_deg for view in two.views] == list(VIEW_SETS["2view"])
     first = chapter.ldm("2view")
-    weights = chapter.ldm_folder("2view") / "weights.safetensors"
+    weights = chapter.weights("ldm-2view") / "weights.safetensors"
     made = weights.stat().st_mtime_ns
     # Another chapter of the same run sees files, not variables.
     again = Chapter("other", chapter.preset, chapter.data, chapter.run, 0, chapter.device).ldm("2view")

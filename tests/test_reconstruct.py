@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -17,8 +19,9 @@ from small_models import SMALL, patients, trained
 from difr3ct_core import Reconstruction, reconstruct
 from difr3ct_core.datasets import preset_views
 from difr3ct_core.files import InputError, read_json
-from difr3ct_core.reconstruct import centred_affine, check_xrays, posterior_samples
-from difr3ct_core.stages import load_ldm
+from difr3ct_core.presets import get_preset
+from difr3ct_core.reconstruct import batch_within, centred_affine, check_xrays, posterior_samples
+from difr3ct_core.weights import load_ldm
 
 VIEWS = preset_views(SMALL, "2view")
 
@@ -295,3 +298,50 @@ def test_training_after_reconstructing(weights, tmp_path):
     """What sampling caches in inference mode must not break a training in the same process."""
     reconstruct(xrays(), VIEWS, weights, n_samples=1)
     trained(tmp_path, "2view", SMALL.replace(train_ldm={"lr": 2e-3}))
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from difr3ct_core.datasets import preset_views
+from difr3ct_core.diffusion import LatentDiffusion
+from difr3ct_core.presets import get_preset
+from difr3ct_core.reconstruct import posterior_samples
+from difr3ct_core.vqgan import VQGAN
+
+preset = get_preset("tiny")
+ldm, vqgan = LatentDiffusion(preset).eval(), VQGAN(preset.vqgan).eval()
+
+def status(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field + ":"))
+
+before = status("VmRSS")
+posterior_samples(ldm, vqgan, torch.rand(1, 2, 32, 32), preset_views(preset, "2view"), 64, steps=1, memory_gb=0.3)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the process account of Linux")
+def test_sampling_stays_within_the_memory_it_is_given():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 20e6 < int(done.stdout) < 300e6
+    assert 1 < batch_within(0.3, get_preset("tiny"), 64) < 64  # the limit was one
+
+
+def test_the_batch_follows_from_the_memory():
+    preset = get_preset("small")
+    batches = [batch_within(gb, preset, 100) for gb in (0.5, 1.0, 2.0, 64.0, float("inf"))]
+    assert batches == sorted(batches) and batches[0] >= 1 and batches[-1] == 100
+    with pytest.raises(InputError, match=r"memory_gb: found 0\.1, expected at least 0\.\d+ for 100 samples of 64³"):
+        batch_within(0.1, preset, 100)
+
+
+def test_the_limit_does_not_change_the_samples(weights):
+    free = reconstruct(xrays(), VIEWS, weights, n_samples=3, seed=4)
+    tight = reconstruct(xrays(), VIEWS, weights, n_samples=3, seed=4, memory_gb=0.20045)
+    assert batch_within(0.20045, SMALL, 3) == 1
+    torch.testing.assert_close(tight.samples, free.samples, atol=1.0, rtol=0)  # HU

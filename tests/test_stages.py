@@ -15,7 +15,8 @@ from difr3ct_core import stages
 from difr3ct_core.files import InputError, read_safetensors, write_safetensors
 from difr3ct_core.geometry import views_from_json
 from difr3ct_core.presets import VIEW_SETS, Preset
-from difr3ct_core.stages import load_ldm, load_vqgan, state_digest, train_ldm, train_vqgan
+from difr3ct_core.stages import encoded, train_ldm, train_vqgan, with_settings
+from difr3ct_core.weights import export_weights, load_ldm, load_vqgan, state_digest
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,55 @@ def test_no_permission(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     with pytest.raises(InputError, match=r"locked.*cannot be written"):
         train_vqgan(patients(), SMALL, tmp_path / "locked" / "vqgan")
+
+
+# --- latents are encoded once, shipped weights are small ---------------------------------------------------------
+
+
+def test_latents_are_encoded_once(runs, tmp_path, monkeypatch):
+    vqgan, train = load_vqgan(runs / "vqgan")[0], patients()
+    first = encoded(train, vqgan, tmp_path)
+    torch.testing.assert_close(first, vqgan.encode(train.unit()))
+    monkeypatch.setattr(type(vqgan), "encode", lambda *a: pytest.fail("was encoded again"))
+    assert torch.equal(encoded(train, vqgan, tmp_path), first)
+
+
+def test_other_patients_another_autoencoder_or_damage_are_encoded_anew(runs, tmp_path):
+    vqgan, train = load_vqgan(runs / "vqgan")[0], patients()
+    first = encoded(train, vqgan, tmp_path)
+    assert not torch.equal(encoded(patients(seed=5), vqgan, tmp_path), first)
+    assert len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-7])
+    assert torch.equal(encoded(train, vqgan, tmp_path), first)
+    with torch.no_grad():
+        vqgan.encoder.layers[0].bias += 0.1
+    other = encoded(train, vqgan, tmp_path)
+    torch.testing.assert_close(other, vqgan.encode(train.unit()))
+    assert len(list(tmp_path.iterdir())) == 1  # those of the autoencoder that is gone are gone
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exported_weights_are_half_as_large_and_nearly_the_same(runs, tmp_path, dtype):
+    size = export_weights(runs / "2view", tmp_path / "small.safetensors", dtype)
+    assert size < 0.6 * (runs / "2view" / "weights.safetensors").stat().st_size
+    (ldm, vqgan, preset, metadata), (exact, vqgan_exact, *_) = (
+        load_ldm(path) for path in (tmp_path / "small.safetensors", runs / "2view")
+    )
+    assert preset == SMALL and metadata["stored_as"] == str(dtype).removeprefix("torch.")
+    assert torch.equal(vqgan.codebook.codes, vqgan_exact.codebook.codes)
+    assert torch.equal(vqgan.latent_scale, vqgan_exact.latent_scale)
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    for (name, a), b in zip(ldm.state_dict().items(), exact.state_dict().values(), strict=True):
+        assert a.dtype == torch.float32, name
+        torch.testing.assert_close(a, b, rtol=rounding, atol=1e-6)
+
+
+def test_words_change_a_preset():
+    changed = with_settings(SMALL, "train_ldm", ["accumulate=2", "precision=bf16", "lr=0.5"])
+    assert changed == SMALL.replace(train_ldm={"accumulate": 2, "precision": "bf16", "lr": 0.5})
+    for word in ("nothing=1", "accumulate"):
+        with pytest.raises(InputError, match=rf"train_ldm: found '{word}', expected NAME=VALUE with a name of accumul"):
+            with_settings(SMALL, "train_ldm", [word])
+    with pytest.raises(InputError, match=r"preset\.train_ldm\.accumulate: found 'two', expected a whole number"):
+        with_settings(SMALL, "train_ldm", ["accumulate=two"])

@@ -14,7 +14,8 @@ from small_models import SMALL, patients
 
 from difr3ct_core.checkpoints import read_log
 from difr3ct_core.files import read_safetensors
-from difr3ct_core.stages import load_ldm, load_vqgan, train_ldm, train_vqgan
+from difr3ct_core.stages import train_ldm, train_vqgan
+from difr3ct_core.weights import load_ldm, load_vqgan
 
 pytest.importorskip("accelerate")
 

@@ -14,7 +14,7 @@ from torch import nn
 from difr3ct_core.checkpoints import read_log
 from difr3ct_core.files import InputError, read_safetensors, write_safetensors
 from difr3ct_core.presets import VQGANPreset
-from difr3ct_core.stages import load_vqgan, train_vqgan
+from difr3ct_core.stages import train_vqgan
 from difr3ct_core.vqgan_losses import (
     VGG16_LAYOUT,
     VGG16_TAPS,
@@ -27,6 +27,7 @@ from difr3ct_core.vqgan_losses import (
     ramp,
     sharpness,
 )
+from difr3ct_core.weights import load_vqgan
 
 ON = {"perceptual_weight": 4.0, "image_gan_weight": 1.0, "volume_gan_weight": 1.0, "feature_weight": 4.0}
 PRESET = VQGANPreset(base_channels=8, critic_channels=8, critic_strides=2, gan_start=2, gan_ramp=4, **ON)

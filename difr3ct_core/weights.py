@@ -1,0 +1,107 @@
+"""Weights on disk: finished models read back, and made small for shipping.
+
+The file of a finished model, ``weights.safetensors``, holds preset, HU window, spacing, latent scale and views beside
+the weights; that of a diffusion model holds its autoencoder too, so that it is all that a reconstruction needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import load_state
+from .diffusion import LatentDiffusion
+from .files import InputError, read_safetensors, write_safetensors
+from .presets import Preset
+from .vqgan import VQGAN
+
+
+def load_vqgan(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQGAN, Preset]:
+    """A finished autoencoder and its preset.
+
+    Args:
+        path: ``weights.safetensors`` of a run, or the run's folder.
+
+    Raises:
+        InputError: not the weights of a VQGAN, truncated, or of another version.
+    """
+    path, tensors, preset, _ = _read_weights(path, "vqgan", ("preset",))
+    model = VQGAN(preset.vqgan)
+    load_state(model, tensors, path)
+    return model.to(device).eval(), preset
+
+
+def _read_weights(
+    path: str | Path, kind: str, required: tuple[str, ...]
+) -> tuple[Path, dict[str, Tensor], Preset, dict[str, Any]]:
+    """The file, its tensors, its preset and all its metadata."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "weights.safetensors"
+    if not path.exists() and (path.parent / "checkpoint.safetensors").exists():
+        raise InputError(f"{path}: no such file, but a checkpoint; the training is not finished, run it again.")
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("kind") != kind:
+        raise InputError(
+            f"{path}: found weights of kind {metadata.get('kind')!r}, expected {kind!r}, the file that train_{kind} "
+            "writes."
+        )
+    if missing := [name for name in required if name not in metadata]:
+        raise InputError(f"{path}: its metadata lack {missing}, expected the file that train_{kind} writes.")
+    try:
+        return path, tensors, Preset.from_dict(metadata["preset"]), metadata
+    except InputError as error:
+        raise InputError(f"{path}: {error} It may be of another version; train again.") from error
+
+
+def load_ldm(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[LatentDiffusion, VQGAN, Preset, dict[str, Any]]:
+    """A finished diffusion model, its autoencoder, its preset, and the metadata of the file (views, provenance).
+
+    Args:
+        path: ``weights.safetensors`` of a run, or the run's folder.
+
+    Raises:
+        InputError: not the weights of a diffusion model, truncated, or of another version.
+    """
+    path, tensors, preset, metadata = _read_weights(path, "ldm", ("preset", "views"))
+    model, vqgan = LatentDiffusion(preset), VQGAN(preset.vqgan)
+    load_state(model, {k.removeprefix("ldm."): v for k, v in tensors.items() if k.startswith("ldm.")}, path)
+    load_state(vqgan, {k.removeprefix("vqgan."): v for k, v in tensors.items() if k.startswith("vqgan.")}, path)
+    return model.to(device).eval(), vqgan.to(device).eval(), preset, metadata
+
+
+def export_weights(run: str | Path, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Write a half-precision copy of finished weights, for shipping; returns its size in bytes.
+
+    Codebook and latent scale stay in full precision: two codes that round to one would be a code less, and the
+    scale is a handful of numbers that everything is multiplied by. Both loaders read the copy like the original.
+
+    Args:
+        run: folder of a finished run, or its ``weights.safetensors``.
+        path: the file to write.
+        dtype: bfloat16 or float16.
+    """
+    run = Path(run)
+    tensors, metadata = read_safetensors(run / "weights.safetensors" if run.is_dir() else run)
+    kept = ("codebook", "latent_scale", "latent_shift")
+    small = {
+        k: v if not v.is_floating_point() or any(name in k for name in kept) else v.to(dtype)
+        for k, v in tensors.items()
+    }
+    write_safetensors(path, small, {**metadata, "stored_as": str(dtype).removeprefix("torch.")})
+    return Path(path).stat().st_size
+
+
+def state_digest(module: nn.Module) -> str:
+    """A short checksum of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
