@@ -7,7 +7,7 @@ import torch
 
 from difr3ct_core.files import InputError
 from difr3ct_core.presets import UNetPreset
-from difr3ct_core.unet import SelfAttention, UNet3d, time_embedding
+from difr3ct_core.unet import Conv3d, SelfAttention, UNet3d, time_embedding
 
 SMALL = UNetPreset(widths=(8, 16), blocks_per_level=1, attention_from_level=1, heads=2, head_channels=4)
 SHAPE = (2, 4, 6)
@@ -130,3 +130,20 @@ def test_time_embedding_tells_all_steps_apart():
     distance = torch.cdist(embedding.double(), embedding.double()) + 10 * torch.eye(1000)
     assert float(distance.min()) > 0.1
     torch.testing.assert_close(embedding.square().sum(1), torch.full((1000,), 24.0))
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5), (8, 8, 8), (2, 3, 4), (5, 4, 4)])
+def test_the_short_cut_for_one_volume_is_the_convolution(shape):
+    """Values and all gradients, in double precision, for grids that are cut and one (odd) that is not."""
+    torch.manual_seed(0)
+    ours = Conv3d(3, 5).double()
+    plain = torch.nn.Conv3d(3, 5, 3, padding=1).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, *shape, dtype=torch.double)
+    results = []
+    for net in (ours, plain):
+        y = x.clone().requires_grad_(True)
+        out = net(y)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (y, net.weight, net.bias))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
