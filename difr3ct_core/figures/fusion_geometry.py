@@ -22,13 +22,14 @@ from .style import (
     TalkFigure,
     colour_bar,
     finish,
+    frame_pixels,
     mark_sides,
     new_figure,
     show_image,
     show_slice,
     styled,
 )
-from .xrays import DETECTOR, RAY, axial_in_mm, frame_pixels
+from .xrays import DETECTOR, RAY, axial_in_mm
 
 POINT = COLOURS["red"]
 #: Fused values relative to their maximum.

@@ -93,6 +93,26 @@ def autoencoding(result: Result) -> Figure:
 
 
 @styled
+def judges(result: Result) -> Figure:
+    """One autoencoder trained on with more and more of the losses of Eq. 11-14.
+
+    Arrays: ``truth`` (z y x, HU), ``decoded`` (loss z y x, HU); values ``names``, ``psnr`` (dB), ``lpips``,
+    ``sharpness`` (share of the truth's gradient energy), each with one entry a loss; ``lpips`` may be None.
+    """
+    v = result.values
+    columns = [Column("CT", result.arrays["truth"].astype(np.float32))]
+    for i, name in enumerate(v["names"]):
+        lpips = "" if v["lpips"] is None else f"LPIPS {v['lpips'][i]:.3f}\n"
+        note = f"PSNR {v['psnr'][i]:.2f} dB\n{lpips}sharpness {v['sharpness'][i]:.2f}"
+        columns.append(Column(name, result.arrays["decoded"][i].astype(np.float32), note=note))
+    figure, _ = slice_grid(columns, panel=2.0)
+    if v["sharpness"][-1] > v["sharpness"][0]:
+        cost = "cost no PSNR" if v["psnr"][-1] >= v["psnr"][0] else "cost some PSNR"
+        return finish(figure, result, f"The judges sharpen the picture and {cost}")
+    return finish(figure, result, "In so few steps the judges sharpen nothing yet")
+
+
+@styled
 def quantisation(result: Result) -> Figure:
     """Latent vectors and codes in a plane, how often each code is used, and what fewer codes would cost.
 

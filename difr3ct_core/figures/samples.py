@@ -6,6 +6,7 @@ Each function takes a saved result and returns a figure. The docstring names the
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..results import Result
@@ -16,7 +17,10 @@ from .style import (
     Scale,
     colour_bar,
     finish,
+    frame_pixels,
     new_figure,
+    plane_of,
+    show_image,
     show_slice,
     show_xray,
     slice_grid,
@@ -201,6 +205,26 @@ def denoising_film(result: Result) -> Figure:
     axes[1, n].set_title("truth")
     colour_bar(figure, image, axes.ravel().tolist(), "HU", "right")
     return finish(figure, result, "The outline is decided in the first steps, the detail in the last")
+
+
+@styled
+def film_frames(result: Result, width_px: int = 560) -> list[np.ndarray]:
+    """One picture for every step of a draw, for a slider: the noisy latent and the guess, decoded, and the truth.
+
+    Arrays: ``every_noisy``, ``every_clean`` (step z x, HU), ``film_truth`` (z y x, HU).
+    """
+    a, frames = result.arrays, []
+    truth = plane_of(a["film_truth"], "coronal")
+    figure = Figure(figsize=(5.6, 2.1), dpi=width_px / 5.6, facecolor="white")
+    FigureCanvasAgg(figure)
+    for noisy, clean in zip(a["every_noisy"], a["every_clean"], strict=True):
+        figure.clear()
+        for i, (title, picture) in enumerate((("latent", noisy[::-1]), ("guess", clean[::-1]), ("truth", truth))):
+            ax = figure.add_axes((0.005 + i / 3, 0.01, 0.323, 0.87))
+            show_image(ax, picture)
+            ax.set_title(title)
+        frames.append(frame_pixels(figure))
+    return frames
 
 
 @styled

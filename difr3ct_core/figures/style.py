@@ -18,6 +18,7 @@ import matplotlib.patheffects
 import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
@@ -279,3 +280,11 @@ def top(values: np.ndarray, share: float = 0.995) -> float:
         return 1.0
     digits = 10 ** (math.floor(math.log10(limit)) - 1)
     return math.ceil(limit / digits) * digits
+
+
+def frame_pixels(figure: Figure) -> np.ndarray:
+    """A figure with an Agg canvas as uint8 (row, column, 3), at its own size and resolution."""
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -24,6 +24,7 @@ from .style import (
     Scale,
     colour_bar,
     finish,
+    frame_pixels,
     mark_sides,
     new_figure,
     show_image,
@@ -172,14 +173,6 @@ def rotation_frames(result: Result, width_px: int = 640) -> list[np.ndarray]:
         right.set_title(f"x-ray at {angle:g}°")
         frames.append(frame_pixels(figure))
     return frames
-
-
-def frame_pixels(figure: Figure) -> np.ndarray:
-    """A figure with an Agg canvas as uint8 (row, column, 3), at its own size and resolution."""
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 @styled
