@@ -27,6 +27,26 @@ _MEASURES = {
 }
 
 
+#: Key of benchmarks/results/models.json → what it is.
+_MODEL_MEASURES = {
+    "unet_time_ratio": "denoiser, forward and backward at 16³: time against MONAI's DiffusionModelUNet of equal size",
+    "unet_memory_ratio": "the same: peak memory",
+    "vqgan_time_to_quality_ratio": "VQGAN at 64³: time to the PSNR of MONAI's VQVAE of equal size after 300 steps",
+    "sample_seconds": "one posterior sample at 64³ from eight x-rays, 20 steps, two cores",
+    "mc100_time_ratio": "100 samples together: time against one at a time",
+    "mc100_peak_gb": "the same: peak memory of the process",
+    "dpm_vs_ddpm_db": "20 steps of DPM-Solver++ against 1000 ancestral ones: PSNR",
+    "dpm_vs_ddpm_time_ratio": "the same: time",
+    "paper_vqgan_step_gb": "preset paper, one VQGAN step at 128³, with discriminators: memory",
+    "paper_ldm_step_gb": "preset paper, one LDM step at 128³: memory",
+    "h200_ldm_volumes_per_s": "preset paper, LDM training on an H200",
+}
+_VIEW_NAMES = {
+    "8view": "8 views", "4view": "4 views", "2view": "2 views", "1view_frontal": "1, frontal",
+    "1view_lateral": "1, lateral",
+}  # fmt: skip
+
+
 def read_benchmark(folder: str | Path, name: str) -> dict[str, Any] | None:
     """A results file of the benchmarks, or None where it was not measured."""
     path = Path(folder) / f"{name}.json"
@@ -59,12 +79,110 @@ def peers_table(table: Mapping[str, Any] | None) -> str:
         [
             mode, "<b>this book</b>" if tool == "ours" else tool, f"{row['forward_ms']:.1f}", f"{row['both_ms']:.1f}",
             f"{100 * row['blob_error']:.2f}", f"{100 * row['ellipsoid_error']:.2f}",
+            f"{row['peak_mb']:.0f}" if row.get("peak_mb") is not None else "–",
         ]
         for mode, part in (table or {}).get("modes", {}).items()
         for tool, row in part["rows"].items()
     ]  # fmt: skip
-    header = ["beam", "tool", "forward, ms", "and adjoint, ms", "error, smooth, %", "error, sharp, %"]
+    header = ["beam", "tool", "forward, ms", "and adjoint, ms", "error, smooth, %", "error, sharp, %", "memory, MB"]
     return html_table(header, rows, text_columns=2) if rows else NOT_MEASURED
+
+
+def model_table(measured: Mapping[str, Any] | None) -> str:
+    """What the networks and the sampler cost, as an HTML table; a line that was not measured says so.
+
+    Args:
+        measured: content of ``models.json``.
+    """
+    rows = []
+    for key, words in _MODEL_MEASURES.items():
+        entry = (measured or {}).get(key)
+        value = f"{entry['value']:.3g} {entry['unit'].replace('x', '×')}" if entry else "not measured"
+        rows.append([words, value])
+    return html_table(["measured", "value"], rows)
+
+
+def quality_table(measured: Mapping[str, Any] | None) -> str:
+    """PSNR (peak = window) and SSIM of the shipped models on held-out phantoms and on the real scan, as HTML.
+
+    Args:
+        measured: content of ``quality_small.json``.
+    """
+    found = measured or {}
+
+    def cell(prefix: str, view_set: str) -> str:
+        decibels, likeness = (found.get(f"{metric}_{prefix}{view_set}") for metric in ("psnr", "ssim"))
+        if decibels is None:
+            return "–"
+        return f"{decibels['value']:.1f}" + (f" / {likeness['value']:.3f}" if likeness else "")
+
+    kinds = (
+        ("own model, held-out phantoms", ""), ("any-view model, held-out phantoms", "any_view_"),
+        ("total variation, held-out phantoms", "classical_"), ("own model, LIDC-IDRI-0001", "real_"),
+        ("any-view model, LIDC-IDRI-0001", "real_any_view_"), ("total variation, LIDC-IDRI-0001", "real_classical_"),
+    )  # fmt: skip
+    rows = [[words, *(cell(prefix, view_set) for view_set in _VIEW_NAMES)] for words, prefix in kinds]
+    return html_table(["PSNR in dB / SSIM", *_VIEW_NAMES.values()], rows) if found else NOT_MEASURED
+
+
+def _curve(ax: Any, table: Mapping[str, Mapping[str, float]], key: str, label: str, colour: str) -> None:
+    x = [int(number) for number in table]
+    y = [row[key] for row in table.values()]
+    ax.plot(x, y, "o-", color=COLOURS[colour], label=label)
+    ax.set_xticks(x)
+
+
+@styled
+def projector_cost(table: Mapping[str, Any]) -> Figure:
+    """Milliseconds of our projector against size and number of views; argument as for :func:`peers_table`."""
+    figure, axes = new_figure(9.2, 3.2, 1, 2)
+    for ax, (kind, label) in zip(
+        axes[0], (("size", "voxels per edge, 8 views"), ("views", "views, 128³")), strict=True
+    ):
+        for mode, colour in (("parallel", "blue"), ("cone", "red")):
+            _curve(ax, table["cost"][mode][kind], "forward_ms", f"{mode}, forward", colour)
+            rows = table["cost"][mode][kind]
+            ax.plot([int(n) for n in rows], [row["adjoint_ms"] for row in rows.values()], "s:", color=COLOURS[colour],
+                    label=f"{mode}, adjoint")  # fmt: skip
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set_xlabel(label)
+        ax.set_ylabel("ms, one core")
+        ax.grid(True, linewidth=0.6)
+    axes[0, 0].legend(fontsize=8.5)
+    return _signed(figure, table.get("provenance", {}), "Cost grows with the voxels, and less than with the views")
+
+
+@styled
+def model_costs(table: Mapping[str, Any]) -> Figure:
+    """Seconds and memory of training steps and of a sample against size; argument: content of ``models_table.json``."""
+    rows = table["curves"]["size"]
+    figure, axes = new_figure(9.2, 3.3, 1, 2)
+    names = {"sample": ("one sample, 20 steps", "blue"), "vqgan_step": ("VQGAN training step", "orange"),
+             "ldm_step": ("LDM training step", "green")}  # fmt: skip
+    for ax, (key, label) in zip(axes[0], (("seconds", "s, one core"), ("peak_gb", "peak memory, GB")), strict=True):
+        for name, (words, colour) in names.items():
+            _curve(ax, {size: row[name] for size, row in rows.items()}, key, words, colour)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set_xlabel("voxels per edge")
+        ax.set_ylabel(label)
+        ax.grid(True, linewidth=0.6)
+    axes[0, 0].legend(fontsize=8.5)
+    return _signed(figure, table["curves"].get("provenance", {}), "Networks of preset small: eight times the voxels, "
+                   "about eight times the cost")  # fmt: skip
+
+
+def _signed(figure: Figure, origin: Mapping[str, Any], title: str) -> Figure:
+    """Add the message at the top and where the figures are from at the bottom."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    said = " · ".join(str(origin[key]) for key in ("command", "commit", "device", "time") if key in origin)
+    figure.supxlabel(said, x=0.01, ha="left", fontsize=7, color=COLOURS["grey"])
+    return figure
 
 
 @styled
@@ -86,12 +204,7 @@ def projector_peers(table: Mapping[str, Any]) -> Figure:
         ax.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
         ax.set_xlabel("ms for 8 views of 128³, one core")
         ax.set_title(f"{mode} beam")
-    figure.suptitle("Same error, less time: one small matrix serves every slice", x=0.01, ha="left", fontsize=12,
-                    fontweight="bold")  # fmt: skip
-    origin = table.get("provenance", {})
-    said = " · ".join(str(origin[key]) for key in ("command", "commit", "device", "time") if key in origin)
-    figure.supxlabel(said, x=0.01, ha="left", fontsize=7, color=COLOURS["grey"])
-    return figure
+    return _signed(figure, table.get("provenance", {}), "Same error, less time: one small matrix serves every slice")
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:

@@ -1,0 +1,141 @@
+"""Make the small files of ``pretrained/`` from finished runs: weights in bfloat16, the log, and a model card.
+
+    python data_scripts/ship_weights.py --run runs/small [--out pretrained]
+
+For every finished model of the run: ``PRESET-MODEL.safetensors`` (at most 16 MB), ``.csv`` (its log), ``.md`` (its
+card, with the measured quality from ``benchmarks/results/quality_PRESET.json`` if that is there;
+run this again afterwards).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from difr3ct_core.files import InputError, atomic_path, read_json, read_safetensors
+from difr3ct_core.weights import export_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_MB = 16.0
+COMMANDS = {
+    "vqgan": "python -m difr3ct_core.training --stage vqgan --preset {preset}{settings}",
+    "ldm": "python -m difr3ct_core.training --stage ldm --views {views} --preset {preset}{settings}",
+}
+
+
+def settings_of(stage: str, preset: dict[str, Any]) -> str:
+    """The ``--set`` words by which a run differs from the preset of that name."""
+    from difr3ct_core.presets import get_preset
+
+    usual = get_preset(preset["name"]).to_dict()[f"train_{stage}"]
+    words = [f"{name}={value}" for name, value in preset[f"train_{stage}"].items() if usual.get(name) != value]
+    return f" --set {' '.join(words)}" if words else ""
+
+
+def quality(path: Path, model: str) -> list[str]:
+    """Lines of the card on what the model reaches; a sentence where it was not measured."""
+    if not path.exists():
+        return ["Not measured yet: `python benchmarks/quality.py`."]
+    figures = read_json(path)
+    mark = "vqgan" if model == "vqgan" else "any_view_" if model == "ldm-any" else model.removeprefix("ldm-")
+    lines = ["| what | value |", "|---|---|"]
+    for key, figure in figures.items():
+        if key == "provenance" or "classical" in key or "mean_volume" in key:
+            continue
+        own = mark in key and (model == "ldm-any" or "any_view" not in key)
+        if own or (model == "vqgan" and key == "codebook_alive"):
+            spread = f" ± {figure['std']:.3f} over {figure['patients']} patients" if figure.get("std") else ""
+            more = f"; {figure['psnr_4095']:.2f} with peak 4095" if "psnr_4095" in figure else ""
+            lines.append(f"| `{key}` | {figure['value']:.3f} {figure['unit']}{spread}{more} |")
+    return [
+        *lines,
+        "",
+        "PSNR: peak = width of the HU window, over the whole volume. SSIM: 11³ Gaussian.",
+    ]
+
+
+def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path) -> str:
+    """The model card in Markdown."""
+    preset, origin = metadata["preset"], metadata["provenance"]
+    stage = "vqgan" if model == "vqgan" else "ldm"
+    training, cohort = preset[f"train_{stage}"], preset["cohort"]
+    command = COMMANDS[stage].format(
+        preset=preset["name"], views=model.removeprefix("ldm-"), settings=settings_of(stage, preset)
+    )
+    size = preset["volume"]["size"]
+    judges = "L1 and commitment only; no perceptual and no adversarial loss"
+    if preset["vqgan"].get("image_gan_weight") or metadata.get("perceptual"):
+        judges = "L1, commitment, adversarial" + (", perceptual" if metadata.get("perceptual") else "")
+    kind = "3D VQGAN" if stage == "vqgan" else "Conditional latent diffusion model, with its VQGAN inside,"
+    lines = [
+        f"# {preset['name']}-{model}", "",
+        f"{kind} of DIFR3CT, "
+        f"{size}³ voxels of {preset['volume']['fov_mm'] / size:g} mm. {megabytes:.1f} MB, stored as bfloat16.", "",
+        f"- **Data**: {cohort['n_train']} synthetic phantom thoraxes, cohort `{cohort['cohort']}`, "
+        f"seed {cohort['seed']} (`data_scripts/make_phantoms.py`). No real patient was trained on.",
+        f"- **Training**: {training['steps']} steps, batch {training['batch_size']}, rate {training['lr']:g}, seed "
+        f"{origin['seed']}, {origin['wall_s'] / 3600:.2f} h of wall time since its last start, on {origin['device']}, "
+        f"commit {origin['commit']}, {origin['finished'][:10]}.",
+        f"- **Losses of the VQGAN**: {judges}.",
+        f"- **Command**: `{command}`",
+        f"- **HU window**: {preset['volume']['hu_min']:g} to {preset['volume']['hu_max']:g}.", "",
+        "## Quality", "", *quality(measured, model), "",
+        "## Limits", "",
+        "For research and teaching, not for clinical use. Trained on phantoms: a real chest has texture and shapes "
+        "that they lack, and the figures on LIDC-IDRI-0001 show the gap. Parallel beam without noise. Trained for "
+        "minutes to an hour on two CPU cores: more training improves it.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def ship(run: Path, out: Path, results: Path) -> list[Path]:
+    """Export every finished model of a run; returns the files of weights.
+
+    Raises:
+        InputError: no finished model there, or one is larger than the limit.
+    """
+    found = sorted(run.glob("*/weights.safetensors"))
+    if not found:
+        raise InputError(f"{run}: holds no finished model, expected MODEL/weights.safetensors; train one first.")
+    made = []
+    for weights in found:
+        model = weights.parent.name
+        _, metadata = read_safetensors(weights)
+        name = metadata["preset"]["name"]
+        path = out / f"{name}-{model}.safetensors"
+        megabytes = export_weights(weights, path) / 1e6
+        if megabytes > LIMIT_MB:
+            path.unlink()
+            raise InputError(
+                f"{path}: would be {megabytes:.1f} MB, expected at most {LIMIT_MB:g}; use a smaller preset."
+            )
+        for target, text in (
+            (path.with_suffix(".csv"), (weights.parent / "log.csv").read_text()),
+            (path.with_suffix(".md"), card(model, metadata, megabytes, results / f"quality_{name}.json")),
+        ):
+            with atomic_path(target) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        made.append(path)
+        print(f"{path}: {megabytes:.1f} MB")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="folder of finished models, such as runs/small")
+    parser.add_argument("--out", type=Path, default=ROOT / "pretrained")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args(arguments)
+    try:
+        ship(options.run, options.out, options.results)
+    except InputError as error:
+        print(f"ship_weights: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
