@@ -166,7 +166,9 @@ def task_unet(name: str, preset_name: str) -> dict[str, float]:
     return {"peak_gb": peak_of(lambda: loss(net).backward())}
 
 
-def vqgan(data: Path, steps: int, batch: int, peer_rates: list[float]) -> tuple[dict, dict]:
+def vqgan(
+    data: Path, steps: int, batch: int, peer_rates: list[float], our_rate: float, our_steps: int
+) -> tuple[dict, dict]:
     """Train the peer with each rate; take its best PSNR; train ours until it is reached."""
     from monai.networks.nets import VQVAE
 
@@ -185,7 +187,9 @@ def vqgan(data: Path, steps: int, batch: int, peer_rates: list[float]) -> tuple[
         with torch.no_grad():
             return float(psnr(torch.cat([forward(v).clamp(-1, 1) for v in held_out.split(2)]), held_out, 2.0).mean())
 
-    def run(net: nn.Module, loss: Callable, forward: Callable, rate: float, every: int, until: float) -> list[dict]:
+    def run(
+        net: nn.Module, loss: Callable, forward: Callable, rate: float, steps: int, every: int, until: float
+    ) -> list[dict]:
         """A curve of processor seconds of training and PSNR."""
         settings = TrainPreset(steps=steps, batch_size=batch, lr=rate, warmup_steps=20)
         optimiser = torch.optim.Adam(net.parameters(), lr=rate, betas=(0.5, 0.9))
@@ -209,6 +213,8 @@ def vqgan(data: Path, steps: int, batch: int, peer_rates: list[float]) -> tuple[
         return curve
 
     curves: dict[str, Any] = {}
+    before = read_json(RESULTS / "models_table.json").get("vqgan", {}) if not peer_rates else {}
+    curves |= {name: one for name, one in before.get("curves", {}).items() if name != "ours"}
     for rate in peer_rates:
         torch.manual_seed(0)
         peer = nearest(make, target, range(36, 57, 4)).train()
@@ -217,13 +223,13 @@ def vqgan(data: Path, steps: int, batch: int, peer_rates: list[float]) -> tuple[
             reconstruction, quantisation = peer(volume)
             return preset.vqgan.l1_weight * (reconstruction - volume).abs().mean() + quantisation
 
-        curve = run(peer, peer_loss, lambda v, peer=peer: peer(v)[0], rate, steps, float("inf"))
+        curve = run(peer, peer_loss, lambda v, peer=peer: peer(v)[0], rate, steps, steps, float("inf"))
         curves[f"MONAI VQVAE, rate {rate:g}"] = {"parameters": count(peer), "curve": curve}
     best = max(curves.values(), key=lambda one: one["curve"][-1]["psnr"])["curve"][-1]
     torch.manual_seed(0)
     net, generator = VQGAN(preset.vqgan).train(), torch.Generator().manual_seed(0)
     curve = run(
-        net, lambda v, step: net.loss(v, generator)[0], lambda v: net(v)[0], preset.train_vqgan.lr, 20, best["psnr"]
+        net, lambda v, step: net.loss(v, generator)[0], lambda v: net(v)[0], our_rate, our_steps, 20, best["psnr"]
     )
     curves["ours"] = {"parameters": count(net), "curve": curve, "reached": curve[-1]["psnr"] >= best["psnr"]}
     figures = {}
@@ -317,7 +323,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/small-lung"), help="cohort for the VQGANs")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--peer-rates", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--peer-rates", type=float, nargs="*", default=[3e-4, 1e-3], help="none: as measured before")
+    parser.add_argument("--our-rate", type=float, default=get_preset("small").train_vqgan.lr)
+    parser.add_argument("--our-steps", type=int, default=300, help="length of our schedule")
     parser.add_argument("--task", nargs="+", help="only print what one measurement gives (used by this script)")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -326,7 +334,9 @@ def main() -> None:
         return
     run = {
         "unet": lambda: unet(options.rounds),
-        "vqgan": lambda: vqgan(options.data, options.steps, options.batch, options.peer_rates),
+        "vqgan": lambda: vqgan(
+            options.data, options.steps, options.batch, options.peer_rates, options.our_rate, options.our_steps
+        ),
         "curves": curves,
         "paper": paper,
     }

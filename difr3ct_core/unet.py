@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .convolution import Conv3d
 from .files import InputError
 from .presets import UNetPreset
 
@@ -26,30 +27,6 @@ def time_embedding(t: Int[Tensor, " b"], channels: int, period: float = 10_000.0
     frequency = torch.exp(-math.log(period) * torch.arange(half, device=t.device) / half)
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-class Conv3d(nn.Conv3d):
-    """A 3³ convolution that keeps its grid, with a short cut for a single small volume on a CPU.
-
-    There PyTorch leaves its fast kernel for one that unfolds the volume 27 times, which takes twice the time and the
-    memory. Two halves with an overlap of one slice are a batch of two, for which the fast kernel is chosen, and give
-    the same numbers.
-    """
-
-    #: Below this many elements of the first four axes PyTorch (2.11 to 2.13) takes the slow kernel.
-    SMALL = 20480
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out, 3, padding=1)
-
-    def forward(self, x: Float[Tensor, "b ci z y x"]) -> Float[Tensor, "b co z y x"]:
-        b, c, z, y, _ = x.shape
-        if b > 1 or x.device.type != "cpu" or z % 2 or c * z * y > self.SMALL:
-            return super().forward(x)
-        padded = F.pad(x, (0, 0, 0, 0, 1, 1))
-        halves = torch.cat([padded[:, :, : z // 2 + 2], padded[:, :, z // 2 :]])
-        first, second = F.conv3d(halves, self.weight, self.bias, padding=(0, 1, 1)).split(1)
-        return torch.cat([first, second], dim=2)
 
 
 class TimeResidualBlock(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import processes
+from .convolution import Conv3d
 from .files import InputError
 from .presets import VQGANPreset
 
@@ -42,9 +43,9 @@ class ResidualBlock3d(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels)
-        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv1 = Conv3d(channels, channels)
         self.norm2 = nn.GroupNorm(groups, channels)
-        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv2 = Conv3d(channels, channels)
         nn.init.zeros_(self.conv2.weight)  # starts as the identity, which trains faster
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
 
@@ -67,7 +68,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.factor = 2**p.levels
         width = 2 * p.base_channels
-        layers: list[nn.Module] = [nn.Conv3d(8, width, 3, padding=1), ResidualBlock3d(width, p.groups)]
+        layers: list[nn.Module] = [Conv3d(8, width), ResidualBlock3d(width, p.groups)]
         for _ in range(p.levels - 1):
             layers += [nn.Conv3d(width, 2 * width, 4, stride=2, padding=1), ResidualBlock3d(2 * width, p.groups)]
             width *= 2
@@ -89,13 +90,13 @@ class Decoder(nn.Module):
     def __init__(self, p: VQGANPreset) -> None:
         super().__init__()
         width = p.base_channels * 2**p.levels
-        layers: list[nn.Module] = [nn.Conv3d(p.latent_channels, width, 3, padding=1)]
+        layers: list[nn.Module] = [Conv3d(p.latent_channels, width)]
         layers += [ResidualBlock3d(width, p.groups), ResidualBlock3d(width, p.groups)]
         for _ in range(p.levels - 1):
             layers += [nn.ConvTranspose3d(width, width // 2, 4, stride=2, padding=1)]
             width //= 2
             layers += [ResidualBlock3d(width, p.groups), ResidualBlock3d(width, p.groups)]
-        layers += [nn.GroupNorm(p.groups, width), nn.SiLU(), nn.Conv3d(width, 8, 3, padding=1)]
+        layers += [nn.GroupNorm(p.groups, width), nn.SiLU(), Conv3d(width, 8)]
         self.layers = nn.Sequential(*layers)
         self.checkpointing = False
 

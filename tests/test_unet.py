@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from difr3ct_core.convolution import Conv3d
 from difr3ct_core.files import InputError
 from difr3ct_core.presets import UNetPreset
-from difr3ct_core.unet import Conv3d, SelfAttention, UNet3d, time_embedding
+from difr3ct_core.unet import SelfAttention, UNet3d, time_embedding
 
 SMALL = UNetPreset(widths=(8, 16), blocks_per_level=1, attention_from_level=1, heads=2, head_channels=4)
 SHAPE = (2, 4, 6)
