@@ -10,6 +10,7 @@ run this again afterwards).
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def settings_of(stage: str, preset: dict[str, Any]) -> str:
     from difr3ct_core.presets import get_preset
 
     usual = get_preset(preset["name"]).to_dict()[f"train_{stage}"]
-    words = [f"{name}={value}" for name, value in preset[f"train_{stage}"].items() if usual.get(name) != value]
+    usual = json.loads(json.dumps(usual))  # tuples become lists, as in the file
+    changed = {name: value for name, value in preset[f"train_{stage}"].items() if usual.get(name) != value}
+    words = [f"{name}={json.dumps(value)}" for name, value in changed.items()]
     return f" --set {' '.join(words)}" if words else ""
 
 
