@@ -98,6 +98,8 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if count() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:  # discriminators before they start
+        return
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= count()

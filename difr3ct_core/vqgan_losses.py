@@ -196,6 +196,8 @@ class Critics(nn.Module):
                 ("image", self.slices, real_slice, fake_slice, p.image_gan_weight),
                 ("volume", self.volumes, real, fake, p.volume_gan_weight),
             ):
+                if share == 0:  # off, its feature matching too, as in TATS
+                    continue
                 with torch.no_grad():
                     on_real = critic(one)
                 on_fake = critic(other)
@@ -209,9 +211,15 @@ class Critics(nn.Module):
         if self._left is None:
             return torch.zeros(()), {}
         real, fake, real_slice, fake_slice = self._left
-        image = hinge_discriminator(self.slices(real_slice)[-1], self.slices(fake_slice)[-1])
-        volume = hinge_discriminator(self.volumes(real)[-1], self.volumes(fake)[-1])
-        return image + volume, {"image_critic": image.detach(), "volume_critic": volume.detach()}
+        total, values = real.new_zeros(()), {}
+        for name, critic, one, other, share in (
+            ("image", self.slices, real_slice, fake_slice, self.preset.image_gan_weight),
+            ("volume", self.volumes, real, fake, self.preset.volume_gan_weight),
+        ):
+            if share > 0:
+                hinge = hinge_discriminator(critic(one)[-1], critic(other)[-1])
+                total, values[f"{name}_critic"] = total + hinge, hinge.detach()
+        return total, values
 
 
 def sharpness(volume: Float[Tensor, "b 1 z y x"], truth: Float[Tensor, "b 1 z y x"]) -> Float[Tensor, " b"]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from small_models import SMALL, patients
 from torch import nn
 
+from difr3ct_core import processes
 from difr3ct_core.checkpoints import read_log
 from difr3ct_core.files import InputError, read_safetensors, write_safetensors
 from difr3ct_core.presets import VQGANPreset
@@ -239,6 +240,53 @@ def test_a_training_with_everything_on(random_vgg, tmp_path):
         assert steps == list(range(first, 40)) and all(abs(v) < 100 for v in values)
     assert read_safetensors(tmp_path / "run" / "weights.safetensors")[1]["perceptual"] is True
     assert load_vqgan(tmp_path / "run")[0].state_dict().keys() == model.state_dict().keys()  # no critics inside
+
+
+@pytest.mark.parametrize("off", ["image", "volume"])
+def test_a_discriminator_of_weight_zero_is_off(off):
+    """Neither its score nor its features reach the autoencoder, and it does not learn."""
+    on = "volume" if off == "image" else "image"
+    preset = dataclasses.replace(PRESET, gan_start=0, gan_ramp=1, perceptual_weight=0.0, **{f"{off}_gan_weight": 0.0})
+    torch.manual_seed(0)
+    critics = Critics(preset)
+    total, values = critics.judge(volumes(0), volumes(1), 5, torch.tensor([2, 5]))
+    assert set(values) == {f"{on}_gan", f"{on}_features"}
+    assert float(total.detach()) == pytest.approx(float(values[f"{on}_gan"] + 4 * values[f"{on}_features"]), rel=1e-5)
+    loss, values = critics.loss()
+    loss.backward()
+    assert set(values) == {f"{on}_critic"}
+    silent, learns = (critics.slices, critics.volumes) if off == "image" else (critics.volumes, critics.slices)
+    assert all(p.grad is None for p in silent.parameters()) and all(p.grad is not None for p in learns.parameters())
+
+
+def test_resume_with_discriminators_is_bit_for_bit(tmp_path):
+    """Stops before, at and after the discriminators' start: their weights and their optimiser's state are kept."""
+    preset = SMALL.replace(
+        vqgan={
+            **ON,
+            "perceptual_weight": 0.0,
+            "gan_start": 2,
+            "gan_ramp": 3,
+            "critic_channels": 8,
+            "critic_strides": 2,
+        },
+        train_vqgan={"steps": 7, "batch_size": 2, "log_every": 1},
+    )
+    train_vqgan(patients(), preset, tmp_path / "straight")
+    for stop in (1, 1, 3, None):
+        train_vqgan(patients(), preset, tmp_path / "parts", stop_after=stop)
+    one, other = (read_safetensors(tmp_path / run / "checkpoint.safetensors")[0] for run in ("straight", "parts"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert any(name.startswith("opponent_optimiser.") for name in one)
+    assert (tmp_path / "straight" / "log.csv").read_text() == (tmp_path / "parts" / "log.csv").read_text()
+
+
+def test_several_processes_before_the_discriminators_start(monkeypatch):
+    """Nothing to average yet, and so no message between the processes."""
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    critics = Critics(PRESET)
+    processes.average_gradients(critics.parameters())
+    assert all(p.grad is None for p in critics.parameters())
 
 
 def test_without_vgg16_the_run_says_so(tmp_path, capsys):
