@@ -66,7 +66,7 @@ def nearest(make: Callable[[Any], nn.Module], target: int, candidates: Iterable[
 
 def ours_unet(preset_name: str) -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
     preset = get_preset(preset_name)
-    k = preset.fusion.out_channels
+    k = preset.condition_channels
     z, c, t = torch.randn(1, 8, *[LATENT] * 3), torch.randn(1, k, *[LATENT] * 3), torch.tensor([500])
     return UNet3d(8, k, preset.unet), lambda net: net(z, t, c).square().mean()
 
@@ -75,7 +75,7 @@ def peer_unet(preset_name: str) -> tuple[nn.Module, Callable[[nn.Module], torch.
     from monai.networks.nets import DiffusionModelUNet
 
     preset = get_preset(preset_name)
-    k, widths = preset.fusion.out_channels, preset.unet.widths
+    k, widths = preset.condition_channels, preset.unet.widths
 
     def make(channels: tuple[int, ...]) -> nn.Module:
         return DiffusionModelUNet(

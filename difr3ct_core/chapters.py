@@ -129,14 +129,17 @@ class Chapter:
         path = self.weights(model)
         return path.with_suffix(".csv") if path.suffix else path
 
-    def ldm(self, view_set: str, stop_after: int | None = None) -> LatentDiffusion:
-        """The trained diffusion model for a set of views (chapter 04), or "any" for the any-view model."""
+    def ldm(self, view_set: str, stop_after: int | None = None, start: str | Path | None = None) -> LatentDiffusion:
+        """The trained diffusion model for a set of views (chapter 04), or "any" for the any-view model.
+
+        ``start``: weights to begin a training with, see :func:`difr3ct_core.stages.train_ldm`.
+        """
         if (path := self.weights(f"ldm-{view_set}")).suffix:
             return load_ldm(path, self.device)[0]
         any_view = view_set == "any"
         return train_ldm(
             self.patients("train", None if any_view else view_set), self.vqgan(), self.preset,
-            self.run / f"ldm-{view_set}", self.seed, self.device, stop_after, any_view,
+            self.run / f"ldm-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"), start,
         )  # fmt: skip
 
     def save(

@@ -87,11 +87,19 @@ class Patients:
         """
         if view_set not in VIEW_SETS:
             raise InputError(f"views: found {view_set!r}, expected one of {', '.join(VIEW_SETS)}.")
+        return self.take_angles(VIEW_SETS[view_set])
+
+    def take_angles(self, angles_deg: Sequence[float]) -> Patients:
+        """The same patients with those of their x-rays that were taken at these angles, in this order.
+
+        Raises:
+            InputError: an angle for which no x-rays are stored.
+        """
         stored = [view.angle_deg for view in self.views]
-        missing = [angle for angle in VIEW_SETS[view_set] if angle not in stored]
+        missing = [angle for angle in angles_deg if angle not in stored]
         if missing:
             raise InputError(f"views: no x-rays are stored at {missing}°, only at {stored}°; prepare the data again.")
-        pick = [stored.index(angle) for angle in VIEW_SETS[view_set]]
+        pick = [stored.index(angle) for angle in angles_deg]
         return dataclasses.replace(self, xrays=self.xrays[:, pick], views=tuple(self.views[i] for i in pick))
 
     def at_angles(self, angles_deg: Sequence[float], xray: XrayPreset, batch: int = 32) -> Patients:

@@ -13,20 +13,21 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import processes
-from .checkpoints import differences
+from .checkpoints import differences, load_state
 from .datasets import Patients, batch_index
-from .diffusion import LatentDiffusion
+from .diffusion import LatentDiffusion, diffusion_loss
 from .files import InputError, read_safetensors, write_safetensors
 from .geometry import views_to_json
+from .initial import initial_volume
 from .metrics import psnr
 from .presets import VIEW_SETS, Preset, TrainPreset
 from .results import provenance
@@ -162,6 +163,11 @@ def train_vqgan(
         fingerprint["perceptual"] = vgg16 is not None
     if _finished(path, fingerprint):
         return load_vqgan(path, device)[0]
+    if settings.crop < 0 or settings.crop > preset.volume.size or settings.crop % 2**preset.vqgan.levels:
+        raise InputError(
+            f"train_vqgan.crop: found {settings.crop}, expected 0 or a multiple of {2**preset.vqgan.levels} up to the "
+            f"volume's {preset.volume.size} voxels."
+        )
     torch.manual_seed(seed)
     model = VQGAN(preset.vqgan).to(device)
     _prepare([model.encoder, model.decoder], settings)
@@ -173,13 +179,16 @@ def train_vqgan(
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch_index(len(train), settings.batch_size, step, seed)[part]
+        volumes = train.unit(rows)
+        if settings.crop:
+            corners = torch.randint(
+                preset.volume.size - settings.crop + 1, (settings.batch_size, 3), generator=generator
+            )[part]
+            volumes = crops(volumes, corners, settings.crop)
         if critics is None:
-            return model.loss(train.unit(rows).to(device), generator)
-        depth = preset.volume.size
-        slices = torch.randint(depth, (settings.batch_size,), generator=generator)[part]
-        return model.loss(
-            train.unit(rows).to(device), generator, lambda real, fake: critics.judge(real, fake, step, slices)
-        )
+            return model.loss(volumes.to(device), generator)
+        slices = torch.randint(volumes.shape[2], (settings.batch_size,), generator=generator)[part]
+        return model.loss(volumes.to(device), generator, lambda real, fake: critics.judge(real, fake, step, slices))
 
     def validate(average: nn.Module) -> dict[str, float]:
         assert validation is not None
@@ -208,6 +217,17 @@ def train_vqgan(
             },
         )
     return best
+
+
+def crops(
+    volumes: Float[Tensor, "b 1 Z Y X"], corners: Int[Tensor, "b 3"], edge: int
+) -> Float[Tensor, "b 1 edge edge edge"]:
+    """One cube of each volume, from its first corner (z, y, x)."""
+    parts = [
+        volume[:, z : z + edge, y : y + edge, x : x + edge]
+        for volume, (z, y, x) in zip(volumes, corners.tolist(), strict=True)
+    ]
+    return torch.stack(parts)
 
 
 def fan_angles(preset: Preset) -> tuple[float, ...]:
@@ -253,6 +273,38 @@ def encoded(patients: Patients, vqgan: VQGAN, cache: Path) -> Float[Tensor, "n c
     return latents
 
 
+def _beginning(start: str | Path, autoencoder: str) -> LatentDiffusion:
+    """The model in ``start``, if it lives in the latents of the same autoencoder."""
+    model, vqgan, *_ = load_ldm(start)
+    if state_digest(vqgan) != autoencoder:
+        raise InputError(f"{start}: was trained with another autoencoder; start from weights of this run's.")
+    return model
+
+
+def _validation_loss(
+    sets: Sequence[Patients], vqgan: VQGAN, device: str | torch.device, rounds: int = 4
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Eq. 15 on patients that train nothing, at the same steps and noise every time: the mean over sets of views."""
+    latents = torch.cat([vqgan.encode(part.to(device)) for part in sets[0].unit().split(8)])
+    volumes: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def validate(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, LatentDiffusion)
+        total = 0.0
+        for number, some in enumerate(sets):
+            xrays = some.xrays.to(device)
+            if model.initial is not None and number not in volumes:
+                volumes[number] = initial_volume(xrays, some.views, model.preset)
+            condition = model.condition(xrays, some.views, volumes.get(number))
+            generator = torch.Generator().manual_seed(number)
+            for _ in range(rounds):
+                total += float(diffusion_loss(model.unet, model.schedule, latents, condition, 0.0, generator))
+        return {"val_loss": total / len(sets) / rounds}
+
+    return validate
+
+
 def train_ldm(
     train: Patients,
     vqgan: VQGAN,
@@ -262,6 +314,8 @@ def train_ldm(
     device: str | torch.device = "cpu",
     stop_after: int | None = None,
     any_view: bool = False,
+    validation: Patients | None = None,
+    start: str | Path | None = None,
 ) -> LatentDiffusion:
     """The diffusion model of ``folder`` for the views of ``train``: loaded if finished, else trained or resumed.
 
@@ -273,6 +327,12 @@ def train_ldm(
         preset, folder, seed, device, stop_after: as in :func:`train_vqgan`.
         any_view: beyond the paper, one model for 1 to ``preset.any_view.most`` views at any angles: every step sees
             the x-rays of other views (:func:`draw_views`). The x-rays in ``train`` are then not used.
+        validation: patients with all views; their loss at noise that never changes is logged as ``val_loss``.
+        start: weights of another diffusion model on the same autoencoder to begin with (fine-tuning), such as the
+            any-view model for one set of views; by default random weights.
+
+    Raises:
+        InputError: ``start`` is of another shape or autoencoder.
     """
     if any_view:
         train = train.at_angles(fan_angles(preset), preset.xray)
@@ -286,19 +346,28 @@ def train_ldm(
         "fusion": dataclasses.asdict(preset.fusion),
         "unet": dataclasses.asdict(preset.unet),
         "diffusion": dataclasses.asdict(preset.diffusion),
+        "initial": dataclasses.asdict(preset.initial),
         "xray": dataclasses.asdict(preset.xray),
         "views": views_to_json(train.views),
         "autoencoder": state_digest(vqgan),
     }
     if any_view:
         fingerprint["any_view"] = dataclasses.asdict(preset.any_view)
+    beginning = None if start is None else _beginning(start, fingerprint["autoencoder"])
+    if beginning is not None:
+        fingerprint["start"] = state_digest(beginning)
     if _finished(path, fingerprint):
         return load_ldm(path, device)[0]
     torch.manual_seed(seed)
     model = LatentDiffusion(preset).to(device)
+    if beginning is not None:
+        load_state(model, beginning.state_dict(), Path(str(start)))
     _prepare([model.unet], settings)
     vqgan = vqgan.to(device).eval()
     latents = encoded(train, vqgan, folder.parent / "latents").to(device)
+    initial = None
+    if model.initial is not None and not any_view:  # always the same x-rays: solved once, kept in half precision
+        initial = initial_volume(train.xrays.to(device), train.views, preset).half()
     began = time.monotonic()
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -307,10 +376,17 @@ def train_ldm(
         pick = draw_views(preset, generator) if any_view else range(len(train.views))
         xrays, views = train.xrays[rows][:, list(pick)], [train.views[i] for i in pick]
         z0 = latents[rows.to(latents.device)]
-        return model.loss(z0, xrays.to(device), views, generator, part, len(batch))
+        known = None if initial is None else initial[rows.to(initial.device)].float()
+        return model.loss(z0, xrays.to(device), views, generator, part, len(batch), known)
 
+    validate = None
+    if validation is not None:
+        sets = [validation.with_views(name) for name in VIEW_SETS] if any_view else [
+            validation.take_angles([view.angle_deg for view in train.views])
+        ]
+        validate = _validation_loss(sets, vqgan, device)
     label = f"training {'any' if any_view else len(train.views)}-view LDM"
-    best = fit(model, loss_of_step, settings, folder, fingerprint, label, seed, None, stop_after)
+    best = fit(model, loss_of_step, settings, folder, fingerprint, label, seed, validate, stop_after)
     assert isinstance(best, LatentDiffusion)
     if stop_after is None and processes.rank() == 0:
         tensors = {f"ldm.{k}": v for k, v in best.state_dict().items()}
