@@ -5,7 +5,8 @@ Every solver is one function, shaped like its equation, and works on tensors of 
 
 - :func:`ddpm`: ancestral sampling (Ho et al. 2020, algorithm 2), Eq. 6-7 of the paper;
 - :func:`ddim`: deterministic (Song et al. 2021, eq. 12 with σ = 0);
-- :func:`dpm_solver_pp_2m`: second-order multistep (Lu et al. 2022, DPM-Solver++, algorithm 2), the paper's choice.
+- :func:`dpm_solver_pp_2m`: second-order multistep (Lu et al. 2022, DPM-Solver++, algorithm 2), the paper's choice;
+- :func:`dpm_solver_pp_3m`: third-order multistep (the same paper, §4 and appendix B).
 
 Nothing is clipped on the way: latents have no hard range.
 """
@@ -67,7 +68,7 @@ def time_grid(schedule: Schedule, steps: int, spacing: str = "logsnr") -> list[i
 
     Args:
         schedule: forward process with T steps.
-        steps: number of evaluations, 1 to T. With "logsnr" a few less, where the grid would be finer than the schedule.
+        steps: number of evaluations, 1 to T. Where "logsnr" would be finer than the schedule, neighbours are taken.
         spacing: "logsnr" (even in λ = log(α/σ), as DPM-Solver's paper advises) or "time" (even in t).
 
     Raises:
@@ -84,7 +85,13 @@ def time_grid(schedule: Schedule, steps: int, spacing: str = "logsnr") -> list[i
         lam = torch.special.logit(schedule.gamma.cpu()) / 2
         wanted = torch.linspace(float(lam[-1]), float(lam[0]), steps, dtype=lam.dtype)
         grid = (wanted[:, None] - lam[None, :]).abs().argmin(1)
-    return sorted(set(grid.tolist()), reverse=True)
+    falling = grid.tolist()
+    # Two wanted values can fall on one step: the later one makes room, and what that pushes out at 0 goes back up.
+    for i in range(1, steps):
+        falling[i] = min(falling[i], falling[i - 1] - 1)
+    for i in range(steps - 1, -1, -1):
+        falling[i] = max(falling[i], steps - 1 - i)
+    return falling
 
 
 def _alpha_sigma_lambda(schedule: Schedule, t: int) -> tuple[float, float, float]:
@@ -190,6 +197,54 @@ def dpm_solver_pp_2m(
     return z
 
 
+def dpm_solver_pp_3m(
+    model: Model,
+    z: Tensor,
+    schedule: Schedule,
+    steps: int = 20,
+    callback: Callback | None = None,
+    spacing: str = "logsnr",
+) -> Tensor:
+    """DPM-Solver++(3M). Third order; the first and last step are of first order, the second and last but one of second.
+
+    ẑ_0 as a function of λ is continued by its Newton polynomial through the last three evaluations. With h, h_1, h_2
+    the present step in λ and the two before it, r_1 = h_1/h, r_2 = h_2/h, and divided differences
+
+        a = (ẑ_0 - ẑ_0,1) / r_1,   b = (ẑ_0,1 - ẑ_0,2) / r_2,   D1 = a + r_1/(r_1 + r_2) (a - b),   D2 = (a - b)/(r_1 + r_2)
+        z_s = (σ_s/σ_t) z_t - α_s [(e^(-h) - 1) ẑ_0 - ((e^(-h) - 1)/h + 1) D1 + ((e^(-h) - 1 + h)/h² - 1/2) D2]
+
+    Arguments as in :func:`dpm_solver_pp_2m`.
+    """
+    grid = time_grid(schedule, steps, spacing)
+    before: list[Tensor] = []  # ẑ_0 of the last evaluations, newest first
+    widths: list[float] = []  # and the steps in λ between them
+    for i, (t, s) in enumerate(zip(grid, [*grid[1:], None], strict=True)):
+        x0 = model(z, t)
+        if callback:
+            callback(t, z, x0)
+        if s is None:
+            return x0
+        _, sigma_t, lambda_t = _alpha_sigma_lambda(schedule, t)
+        alpha_s, sigma_s, lambda_s = _alpha_sigma_lambda(schedule, s)
+        h = lambda_s - lambda_t
+        shrink = math.expm1(-h)
+        order = min(3, len(before) + 1, len(grid) - 1 - i)
+        step = shrink * x0
+        if order > 1:
+            r1 = widths[0] / h
+            first = (x0 - before[0]) / r1
+        if order == 2:
+            step = step + shrink * first / 2
+        elif order == 3:
+            r2 = widths[1] / h
+            older = (before[0] - before[1]) / r2
+            d1, d2 = first + r1 / (r1 + r2) * (first - older), (first - older) / (r1 + r2)
+            step = step - (shrink / h + 1) * d1 + ((shrink + h) / h**2 - 0.5) * d2
+        z = (sigma_s / sigma_t) * z - alpha_s * step
+        before, widths = [x0, *before[:1]], [h, *widths[:1]]
+    return z
+
+
 def draw(
     denoiser: Denoiser,
     schedule: Schedule,
@@ -211,8 +266,10 @@ def draw(
     model = guided(denoiser, schedule, condition, guidance)
     if solver == "dpm++2m":
         return dpm_solver_pp_2m(model, z, schedule, steps, callback)
+    if solver == "dpm++3m":
+        return dpm_solver_pp_3m(model, z, schedule, steps, callback)
     if solver == "ddim":
         return ddim(model, z, schedule, steps, callback)
     if solver == "ddpm":
         return ddpm(model, z, schedule, steps, generator, callback)
-    raise InputError(f"sampling.solver: found {solver!r}, expected 'dpm++2m', 'ddim' or 'ddpm'.")
+    raise InputError(f"sampling.solver: found {solver!r}, expected 'dpm++2m', 'dpm++3m', 'ddim' or 'ddpm'.")

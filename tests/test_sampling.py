@@ -15,7 +15,16 @@ import torch
 from difr3ct_core.diffusion import Schedule
 from difr3ct_core.files import InputError
 from difr3ct_core.presets import DiffusionPreset
-from difr3ct_core.sampling import ddim, ddpm, dpm_solver_pp_2m, draw, gaussian, guided, time_grid
+from difr3ct_core.sampling import (
+    ddim,
+    ddpm,
+    dpm_solver_pp_2m,
+    dpm_solver_pp_3m,
+    draw,
+    gaussian,
+    guided,
+    time_grid,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside diffusers
 MEAN, SD = 0.7, 0.3
@@ -70,13 +79,12 @@ def exact_flow(s: Schedule, z: torch.Tensor, t: int, u: int) -> torch.Tensor:
 
 @BOTH
 @pytest.mark.parametrize("spacing", ["logsnr", "time"])
-@pytest.mark.parametrize("steps", [1, 2, 20, 300, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 20, 40, 300, 999, 1000])
 def test_time_grid(name, spacing, steps):
     grid = time_grid(schedule(name), steps, spacing)
     assert grid[0] == 999 and (steps == 1 or grid[-1] == 0)
     assert all(a > b for a, b in itertools.pairwise(grid))
-    # Where steps are finer in λ than the schedule, two of them fall on one t and count once.
-    assert len(grid) <= steps and (len(grid) == steps or (spacing == "logsnr" and steps > 20))
+    assert len(grid) == steps
 
 
 def test_even_in_log_snr():
@@ -87,7 +95,7 @@ def test_even_in_log_snr():
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
-@pytest.mark.parametrize("solver", [ddim, dpm_solver_pp_2m, ddpm])
+@pytest.mark.parametrize("solver", [ddim, dpm_solver_pp_2m, dpm_solver_pp_3m, ddpm])
 def test_steps_out_of_range(solver, steps):
     s = schedule()
     with pytest.raises(InputError, match=rf"steps: found {steps}, expected 1 to 1000"):
@@ -96,7 +104,7 @@ def test_steps_out_of_range(solver, steps):
 
 def test_unknown_solver():
     s = schedule()
-    with pytest.raises(InputError, match=r"sampling\.solver: found 'heun', expected 'dpm\+\+2m', 'ddim' or 'ddpm'"):
+    with pytest.raises(InputError, match=r"sampling\.solver: found 'heun', expected 'dpm\+\+2m', 'dpm\+\+3m', 'ddim' or 'ddpm'"):
         draw(gaussian_denoiser(s), s, None, SHAPE, solver="heun")
 
 
@@ -121,6 +129,19 @@ def test_order_of_convergence(name, solver, low, high):
     ]
     assert all(low < slope < high for slope in slopes), slopes
     assert errors[-1] < (1e-3 if solver is dpm_solver_pp_2m else 5e-2)
+
+
+@BOTH
+def test_third_order_inside(name):
+    """The low orders of its ends bound the whole by order 2, but what lies between makes it more exact than 2M."""
+    s, z = schedule(name, steps=100_000), noise()
+    for steps in (40, 80, 160):
+        exact = gaussian_model(s)(exact_flow(s, z, 99_999, 0), 0)
+        second, third = (
+            float((solver(gaussian_model(s), z, s, steps, spacing="logsnr") - exact).abs().max())
+            for solver in (dpm_solver_pp_2m, dpm_solver_pp_3m)
+        )
+        assert third < 0.5 * second
 
 
 @BOTH
@@ -174,8 +195,9 @@ def test_ancestral_posterior_is_bayes():
 
 
 @BOTH
+@pytest.mark.parametrize(("solver", "order"), [(dpm_solver_pp_2m, 2), (dpm_solver_pp_3m, 3)])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_dpm_solver_is_diffusers(name, prediction):
+def test_dpm_solver_is_diffusers(name, solver, order, prediction):
     diffusers = pytest.importorskip("diffusers")
     s = schedule(name, prediction)
     steps = 12
@@ -183,7 +205,7 @@ def test_dpm_solver_is_diffusers(name, prediction):
     beta = 1 - s.gamma / torch.cat([s.gamma.new_ones(1), s.gamma[:-1]])
     # From the last of its steps diffusers goes on to the σ of t = 0, in first order, as we do.
     other = diffusers.DPMSolverMultistepScheduler(
-        trained_betas=beta.numpy(), algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
+        trained_betas=beta.numpy(), algorithm_type="dpmsolver++", solver_order=order, solver_type="midpoint",
         prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[prediction], thresholding=False,
         lower_order_final=True, final_sigmas_type="sigma_min", timestep_spacing="linspace",
     )  # fmt: skip
@@ -197,7 +219,7 @@ def test_dpm_solver_is_diffusers(name, prediction):
         theirs = other.step(denoiser(theirs, torch.tensor([t])), t, theirs).prev_sample
     ours = {}
     model = guided(denoiser, s, None)
-    result = dpm_solver_pp_2m(model, z, s, steps, lambda t, value, x0: ours.update({t: (value, x0)}))
+    result = solver(model, z, s, steps, lambda t, value, x0: ours.update({t: (value, x0)}))
     torch.testing.assert_close(ours[0][0], theirs, atol=1e-5, rtol=0)
     assert torch.equal(result, ours[0][1])
     assert float((theirs - exact_flow(s, z, 999, 0)).abs().max()) < 0.1  # both solve the problem
@@ -267,7 +289,7 @@ def test_guidance(prediction):
 # --- randomness and shapes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["dpm++2m", "ddim", "ddpm"])
+@pytest.mark.parametrize("solver", ["dpm++2m", "dpm++3m", "ddim", "ddpm"])
 def test_a_sample_does_not_depend_on_its_batch(solver):
     s = schedule()
 
@@ -282,7 +304,7 @@ def test_a_sample_does_not_depend_on_its_batch(solver):
     assert float((together[0] - together[1]).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("solver", ["dpm++2m", "ddim", "ddpm"])
+@pytest.mark.parametrize("solver", ["dpm++2m", "dpm++3m", "ddim", "ddpm"])
 def test_one_generator_repeats(solver):
     s = schedule()
 
@@ -301,20 +323,20 @@ def test_noise_is_standard_normal():
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 2, 3, 4, 5)])
-@pytest.mark.parametrize("solver", [ddim, dpm_solver_pp_2m, ddpm])
+@pytest.mark.parametrize("solver", [ddim, dpm_solver_pp_2m, dpm_solver_pp_3m, ddpm])
 def test_any_number_of_axes(solver, shape):
     s = schedule(steps=50)
     assert solver(gaussian_model(s), noise(shape), s, 5).shape == shape
 
 
-@pytest.mark.parametrize("solver", [ddim, dpm_solver_pp_2m, ddpm])
+@pytest.mark.parametrize("solver", [ddim, dpm_solver_pp_2m, dpm_solver_pp_3m, ddpm])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_few_steps(solver, steps):
     """One step is the model's answer at the noisiest t; more come nearer to the truth."""
     s, z = schedule("ddpm_linear"), noise()
     calls = []
     found = solver(gaussian_model(s), z, s, steps=steps, callback=lambda t, value, x0: calls.append((t, value, x0)))
-    assert [t for t, *_ in calls] == time_grid(s, steps, "time" if solver is not dpm_solver_pp_2m else "logsnr")
+    assert [t for t, *_ in calls] == time_grid(s, steps, "logsnr" if solver in (dpm_solver_pp_2m, dpm_solver_pp_3m) else "time")
     assert torch.equal(calls[0][1], z)
     assert torch.equal(calls[-1][2], found)
     assert abs(float(found.mean()) - MEAN) < 0.1
@@ -323,6 +345,6 @@ def test_few_steps(solver, steps):
 def test_nothing_is_clipped():
     """Latents far outside [-1, 1] come out as they are."""
     s = schedule()
-    for solver in (ddim, dpm_solver_pp_2m, ddpm):
+    for solver in (ddim, dpm_solver_pp_2m, dpm_solver_pp_3m, ddpm):
         found = solver(lambda z, t: torch.full_like(z, 40.0), noise(), s, 10)
         torch.testing.assert_close(found, torch.full(SHAPE, 40.0, dtype=torch.float64))
