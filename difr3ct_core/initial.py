@@ -45,9 +45,7 @@ def initial_volume(
     parts = []
     with torch.no_grad(), torch.autocast(xrays.device.type, enabled=False):
         for chunk in xrays.float().split(batch):
-            mu = SOLVERS[p.solver](
-                chunk, views, preset.volume.shape, preset.volume.spacing_mm, iterations=p.iterations
-            )
+            mu = SOLVERS[p.solver](chunk, views, preset.volume.shape, preset.volume.spacing_mm, iterations=p.iterations)
             parts.append(ct.hu_to_unit(ct.mu_to_hu(mu, preset.xray.mu_water_per_mm), preset.volume)[:, None])
     return torch.cat(parts)
 

@@ -310,7 +310,9 @@ PRESETS: dict[str, Preset] = {
             channels_last=True,
         ),
         initial=InitialPreset(solver="tv_body", iterations=12),
-        train_ldm=TrainPreset(steps=3000, batch_size=8, lr=1e-3, warmup_steps=100, validate_every=500, channels_last=True),
+        train_ldm=TrainPreset(
+            steps=3000, batch_size=8, lr=1e-3, warmup_steps=100, validate_every=500, channels_last=True
+        ),
     ),
     # The paper's own numbers, where its text gives them (§IV, §V).
     "paper": Preset(

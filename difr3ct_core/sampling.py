@@ -210,7 +210,8 @@ def dpm_solver_pp_3m(
     ẑ_0 as a function of λ is continued by its Newton polynomial through the last three evaluations. With h, h_1, h_2
     the present step in λ and the two before it, r_1 = h_1/h, r_2 = h_2/h, and divided differences
 
-        a = (ẑ_0 - ẑ_0,1) / r_1,   b = (ẑ_0,1 - ẑ_0,2) / r_2,   D1 = a + r_1/(r_1 + r_2) (a - b),   D2 = (a - b)/(r_1 + r_2)
+        a = (ẑ_0 - ẑ_0,1) / r_1,   b = (ẑ_0,1 - ẑ_0,2) / r_2
+        D1 = a + r_1/(r_1 + r_2) (a - b),   D2 = (a - b)/(r_1 + r_2)
         z_s = (σ_s/σ_t) z_t - α_s [(e^(-h) - 1) ẑ_0 - ((e^(-h) - 1)/h + 1) D1 + ((e^(-h) - 1 + h)/h² - 1/2) D2]
 
     Arguments as in :func:`dpm_solver_pp_2m`.

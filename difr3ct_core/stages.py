@@ -381,9 +381,11 @@ def train_ldm(
 
     validate = None
     if validation is not None:
-        sets = [validation.with_views(name) for name in VIEW_SETS] if any_view else [
-            validation.take_angles([view.angle_deg for view in train.views])
-        ]
+        sets = (
+            [validation.with_views(name) for name in VIEW_SETS]
+            if any_view
+            else [validation.take_angles([view.angle_deg for view in train.views])]
+        )
         validate = _validation_loss(sets, vqgan, device)
     label = f"training {'any' if any_view else len(train.views)}-view LDM"
     best = fit(model, loss_of_step, settings, folder, fingerprint, label, seed, validate, stop_after)

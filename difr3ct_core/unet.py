@@ -109,9 +109,7 @@ class UNet3d(nn.Module):
         for depth in range(len(widths) - 2, -1, -1):
             self.grow.append(nn.ConvTranspose3d(widths[depth + 1], widths[depth], 4, stride=2, padding=1))
             self.up.append(level(2 * widths[depth], widths[depth], depth, p.blocks_per_level))
-        self.head = nn.Sequential(
-            nn.GroupNorm(p.groups, widths[0]), nn.SiLU(), Conv3d(widths[0], channels)
-        )
+        self.head = nn.Sequential(nn.GroupNorm(p.groups, widths[0]), nn.SiLU(), Conv3d(widths[0], channels))
         nn.init.zeros_(self.head[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.head[-1].bias)  # type: ignore[arg-type]
 

@@ -336,7 +336,7 @@ def test_figures_are_copied_only_from_a_run_from_scratch(
     (folder / "build" / "state.json").write_text(json.dumps(whole))
     (folder / "build" / "tests.json").write_text('{"minutes": 8.0}')
     assert run_chapters.main(["figures"], root=folder) == 0
-    ((path, figures), more), = calls
+    (((path, figures), more),) = calls
     assert path == folder / "benchmarks" / "results" / "end_to_end.json" and "make book" in more["command"]
     assert {key: (entry["value"], entry["unit"]) for key, entry in figures.items()} == {
         "book_minutes": (12.5, "min"), "peak_gb": (3.25, "GB"), "test_minutes": (8.0, "min"),

@@ -158,9 +158,12 @@ def full_device(tmp_path):
     """A folder on a device of 256 kB; needs root."""
     folder = tmp_path / "full"
     folder.mkdir()
-    mounted = os.geteuid() == 0 and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
-    ).returncode
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    )
     if not mounted:
         pytest.skip("mounting a small tmpfs needs root")
     try:

@@ -104,7 +104,8 @@ def test_steps_out_of_range(solver, steps):
 
 def test_unknown_solver():
     s = schedule()
-    with pytest.raises(InputError, match=r"sampling\.solver: found 'heun', expected 'dpm\+\+2m', 'dpm\+\+3m', 'ddim' or 'ddpm'"):
+    expected = r"sampling\.solver: found 'heun', expected 'dpm\+\+2m', 'dpm\+\+3m', 'ddim' or 'ddpm'"
+    with pytest.raises(InputError, match=expected):
         draw(gaussian_denoiser(s), s, None, SHAPE, solver="heun")
 
 
@@ -124,9 +125,7 @@ def test_order_of_convergence(name, solver, low, high):
         found = solver(gaussian_model(s), z, s, steps, spacing="logsnr")
         errors.append(float((found - exact).abs().max()))
         counts.append(len(grid))
-    slopes = [
-        math.log(errors[i] / errors[i + 1]) / math.log(counts[i + 1] / counts[i]) for i in range(len(errors) - 1)
-    ]
+    slopes = [math.log(errors[i] / errors[i + 1]) / math.log(counts[i + 1] / counts[i]) for i in range(len(errors) - 1)]
     assert all(low < slope < high for slope in slopes), slopes
     assert errors[-1] < (1e-3 if solver is dpm_solver_pp_2m else 5e-2)
 
@@ -336,7 +335,8 @@ def test_few_steps(solver, steps):
     s, z = schedule("ddpm_linear"), noise()
     calls = []
     found = solver(gaussian_model(s), z, s, steps=steps, callback=lambda t, value, x0: calls.append((t, value, x0)))
-    assert [t for t, *_ in calls] == time_grid(s, steps, "logsnr" if solver in (dpm_solver_pp_2m, dpm_solver_pp_3m) else "time")
+    spacing = "logsnr" if solver in (dpm_solver_pp_2m, dpm_solver_pp_3m) else "time"
+    assert [t for t, *_ in calls] == time_grid(s, steps, spacing)
     assert torch.equal(calls[0][1], z)
     assert torch.equal(calls[-1][2], found)
     assert abs(float(found.mean()) - MEAN) < 0.1
