@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from .files import InputError
 from .fusion import Fusion
 from .geometry import View
-from .initial import InitialCondition, initial_volume
 from .presets import DiffusionPreset, Preset
 from .unet import UNet3d
 
@@ -134,29 +133,31 @@ class LatentDiffusion(nn.Module):
         factor = 2**preset.vqgan.levels
         self.schedule = Schedule(preset.diffusion)
         self.fusion = Fusion(preset.fusion, (grid[0], grid[1], grid[2]), preset.volume.spacing_mm * factor, factor)
-        extra = preset.initial.out_channels
-        self.initial = InitialCondition(extra, factor) if extra else None
         self.unet = UNet3d(channels, preset.condition_channels, preset.unet)
 
     def condition(
         self,
         xrays: Float[Tensor, "b n v u"],
         views: Sequence[View],
-        initial: Float[Tensor, "b 1 Z Y X"] | None = None,
+        initial: Float[Tensor, "b c z y x"] | None = None,
     ) -> Float[Tensor, "b k z y x"]:
         """Line integrals and their geometry -> condition on the latent grid.
 
         Args:
             xrays: dimensionless.
             views: one per x-ray.
-            initial: the volume of :func:`difr3ct_core.initial.initial_volume` if it was made before; by default it
-                is made here, where the preset has a solver.
+            initial: of :func:`difr3ct_core.initial.initial_latent`; None for a preset without a solver, the paper's.
+
+        Raises:
+            InputError: ``initial`` is missing, or given to a model that was not made for it.
         """
+        if (initial is None) != (self.preset.initial.solver == "none"):
+            raise InputError(
+                f"initial: {'missing' if initial is None else 'given'}, but the model's solver is "
+                f"{self.preset.initial.solver!r}; pass what initial_latent(vqgan, xrays, views, preset) returns."
+            )
         features = self.fusion(xrays / self.preset.xray.scale, views)
-        if self.initial is None:
-            return features
-        volume = initial_volume(xrays, views, self.preset) if initial is None else initial
-        return torch.cat([features, self.initial(volume).to(features.dtype)], dim=1)
+        return features if initial is None else torch.cat([features, initial.to(features.dtype)], dim=1)
 
     def loss(
         self,
@@ -166,7 +167,7 @@ class LatentDiffusion(nn.Module):
         generator: torch.Generator | None = None,
         part: slice = slice(None),
         batch: int | None = None,
-        initial: Float[Tensor, "b 1 Z Y X"] | None = None,
+        initial: Float[Tensor, "b c z y x"] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 15 for one batch, or for some rows of it; see :func:`diffusion_loss` and :meth:`condition`."""
         condition = self.condition(xrays, views, initial)

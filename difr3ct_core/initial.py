@@ -1,10 +1,10 @@
-"""The initial volume: what a classical solver makes of the x-rays, as a further condition. Beyond the paper.
+"""The initial volume: what a classical solver makes of the x-rays, encoded, as a further condition. Beyond the paper.
 
 Features carried along rays (Eq. 10) leave the denoiser to learn tomography: how several views together say where
-along a ray something lies. That is what a solver of the projection equations knows exactly, for any views and any
-beam. Its volume is folded into blocks of the latent grid's voxels and concatenated to the features of
-:mod:`difr3ct_core.fusion`, so that the network learns only what the x-rays leave open. A preset with solver "none"
-is the paper's model; chapter 04 compares the two.
+along a ray something lies. A solver of the projection equations knows that exactly, for any views and any beam. Its
+volume goes through the encoder of the autoencoder, which gives a first guess in the very coordinates that the
+denoiser works in, and is concatenated to the features of :mod:`difr3ct_core.fusion`: the network learns what the
+x-rays leave open. A preset with solver "none" is the paper's model; chapter 04 compares the two.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ct
 from .baselines.classical import METHODS
 from .files import InputError
 from .geometry import View
 from .presets import Preset
+from .vqgan import VQGAN
 
 #: The iterative methods; filtered back-projection has no number of iterations, and is no use with few views.
 SOLVERS = {name: method for name, method in METHODS.items() if name != "fbp"}
@@ -50,17 +51,15 @@ def initial_volume(
     return torch.cat(parts)
 
 
-class InitialCondition(nn.Module):
-    """A volume -> channels on the latent grid: one linear map of each block of voxels.
+def initial_latent(
+    vqgan: VQGAN, xrays: Float[Tensor, "b n v u"], views: Sequence[View], preset: Preset, batch: int = 16
+) -> Float[Tensor, "b d z y x"] | None:
+    """The encoded initial volume, for :meth:`difr3ct_core.diffusion.LatentDiffusion.condition`.
 
-    Args:
-        channels: made of each block.
-        factor: voxels per latent voxel along an axis.
+    Returns:
+        scaled latents on the device of the x-rays, or None where the preset has no solver.
     """
-
-    def __init__(self, channels: int, factor: int) -> None:
-        super().__init__()
-        self.fold = nn.Conv3d(1, channels, factor, stride=factor)
-
-    def forward(self, volume: Float[Tensor, "b 1 Z Y X"]) -> Float[Tensor, "b k z y x"]:
-        return self.fold(volume)
+    if preset.initial.solver == "none":
+        return None
+    with torch.no_grad():
+        return torch.cat([vqgan.encode(initial_volume(chunk, views, preset)) for chunk in xrays.split(batch)])

@@ -112,12 +112,6 @@ class InitialPreset:
 
     solver: str = "none"  # the paper's model; or a method of baselines.classical with a number of iterations
     iterations: int = 20
-    channels: int = 24  # into which each block of its voxels is folded
-
-    @property
-    def out_channels(self) -> int:
-        """Channels that it adds to the condition."""
-        return 0 if self.solver == "none" else self.channels
 
 
 @dataclass(frozen=True)
@@ -205,7 +199,8 @@ class Preset:
     @property
     def condition_channels(self) -> int:
         """Channels of the condition on the latent grid."""
-        return self.fusion.out_channels + self.initial.out_channels
+        extra = 0 if self.initial.solver == "none" else self.vqgan.latent_channels
+        return self.fusion.out_channels + extra
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -295,8 +290,8 @@ PRESETS: dict[str, Preset] = {
         xray=XrayPreset(detector_size=64),
         cohort=CohortPreset(n_train=768, n_val=32, n_test=32, draw_size=64),
         vqgan=VQGANPreset(base_channels=16, codebook_size=4096),
-        fusion=FusionPreset(widths=(32, 64, 96, 96), out_channels=48),
-        unet=UNetPreset(widths=(48, 96, 128), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
+        fusion=FusionPreset(widths=(32, 64, 96, 96), out_channels=32),
+        unet=UNetPreset(widths=(32, 96, 128), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
         diffusion=DiffusionPreset(prediction="v"),
         # A step on one crop of each of eight patients costs as much as one on a whole volume, and teaches more.
         train_vqgan=TrainPreset(
@@ -311,7 +306,13 @@ PRESETS: dict[str, Preset] = {
         ),
         initial=InitialPreset(solver="tv_body", iterations=12),
         train_ldm=TrainPreset(
-            steps=3000, batch_size=8, lr=1e-3, warmup_steps=100, validate_every=500, channels_last=True
+            steps=1200,
+            batch_size=8,
+            lr=1e-3,
+            warmup_steps=50,
+            ema_decay=0.99,
+            validate_every=200,
+            channels_last=True,
         ),
     ),
     # The paper's own numbers, where its text gives them (§IV, §V).

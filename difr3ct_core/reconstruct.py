@@ -24,6 +24,7 @@ from .checks import pick_device
 from .diffusion import LatentDiffusion
 from .files import InputError, write_json
 from .geometry import View, views_from_json, views_to_json
+from .initial import initial_latent
 from .presets import Preset, VolumePreset
 from .progress import progress
 from .results import provenance
@@ -217,7 +218,8 @@ def posterior_samples(
         batch = batch_within(memory_gb, preset, b * n_samples)
     volumes = torch.empty(b * n_samples, *preset.volume.shape)
     with torch.inference_mode():
-        condition = ldm.condition(xrays.to(device), views)
+        known = initial_latent(vqgan, xrays.to(device), views, preset)
+        condition = ldm.condition(xrays.to(device), views, known)
         starts = range(0, b * n_samples, batch)
         for start in progress(starts, "posterior samples") if len(starts) > 1 else starts:
             # Sample i belongs to patient i // n_samples; all conditions at once would fill a GPU.

@@ -27,7 +27,7 @@ from .datasets import Patients, batch_index
 from .diffusion import LatentDiffusion, diffusion_loss
 from .files import InputError, read_safetensors, write_safetensors
 from .geometry import views_to_json
-from .initial import initial_volume
+from .initial import initial_latent
 from .metrics import psnr
 from .presets import VIEW_SETS, Preset, TrainPreset
 from .results import provenance
@@ -286,7 +286,7 @@ def _validation_loss(
 ) -> Callable[[nn.Module], dict[str, float]]:
     """Eq. 15 on patients that train nothing, at the same steps and noise every time: the mean over sets of views."""
     latents = torch.cat([vqgan.encode(part.to(device)) for part in sets[0].unit().split(8)])
-    volumes: dict[int, Tensor] = {}
+    first: dict[int, Tensor | None] = {}
 
     @torch.no_grad()
     def validate(model: nn.Module) -> dict[str, float]:
@@ -294,9 +294,9 @@ def _validation_loss(
         total = 0.0
         for number, some in enumerate(sets):
             xrays = some.xrays.to(device)
-            if model.initial is not None and number not in volumes:
-                volumes[number] = initial_volume(xrays, some.views, model.preset)
-            condition = model.condition(xrays, some.views, volumes.get(number))
+            if number not in first:
+                first[number] = initial_latent(vqgan, xrays, some.views, model.preset)
+            condition = model.condition(xrays, some.views, first[number])
             generator = torch.Generator().manual_seed(number)
             for _ in range(rounds):
                 total += float(diffusion_loss(model.unet, model.schedule, latents, condition, 0.0, generator))
@@ -365,9 +365,8 @@ def train_ldm(
     _prepare([model.unet], settings)
     vqgan = vqgan.to(device).eval()
     latents = encoded(train, vqgan, folder.parent / "latents").to(device)
-    initial = None
-    if model.initial is not None and not any_view:  # always the same x-rays: solved once, kept in half precision
-        initial = initial_volume(train.xrays.to(device), train.views, preset).half()
+    # Where the x-rays are always the same, they are solved once.
+    initial = None if any_view else initial_latent(vqgan, train.xrays.to(device), train.views, preset)
     began = time.monotonic()
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -375,9 +374,9 @@ def train_ldm(
         rows = batch[part]
         pick = draw_views(preset, generator) if any_view else range(len(train.views))
         xrays, views = train.xrays[rows][:, list(pick)], [train.views[i] for i in pick]
-        z0 = latents[rows.to(latents.device)]
-        known = None if initial is None else initial[rows.to(initial.device)].float()
-        return model.loss(z0, xrays.to(device), views, generator, part, len(batch), known)
+        xrays, at = xrays.to(device), rows.to(latents.device)
+        known = initial_latent(vqgan, xrays, views, preset) if initial is None else initial[at]
+        return model.loss(latents[at], xrays, views, generator, part, len(batch), known)
 
     validate = None
     if validation is not None:

@@ -27,6 +27,8 @@ def tv(
     weight_mm: float = 0.004,
     iterations: int = 100,
     support: Bool[Tensor, "*b z y x"] | None = None,
+    prior: Float[Tensor, "b z y x"] | None = None,
+    prior_weight_mm: float | Float[Tensor, "*b z y x"] = 0.0,
 ) -> Float[Tensor, "b z y x"]:
     """Least squares with isotropic total variation (Rudin, Osher & Fatemi 1992; for CT: Sidky & Pan 2008).
 
@@ -37,7 +39,9 @@ def tv(
     lengths in mm, ∇ by forward differences. Written so, the weight means the same on every grid and for any number of
     views. The solver is the primal-dual method of Chambolle & Pock (2011, Alg. 1) with the diagonal step sizes of
     Pock & Chambolle (2011, Eq. 10, alpha = 1), started from the solution on a grid of half the resolution, and that
-    from the next.
+    from the next. Where a volume m is known beforehand, it starts there instead, and minimises the same plus
+
+        ½ ∫ prior_weight (µ - m)² dV.
 
     Args:
         xrays, views, volume_shape, spacing_mm: as in :func:`~difr3ct_core.baselines.classical.fbp`.
@@ -46,13 +50,15 @@ def tv(
             LIDC-IDRI-0001), suits x-rays without noise; noise wants more, in proportion to its standard deviation.
         iterations: on the finest grid; the coarser ones, which cost little, take more.
         support: where µ may differ from the lower bound (0 without one); see :func:`body_support`.
+        prior: m, µ in 1/mm for each patient, such as a posterior sample.
+        prior_weight_mm: one number or one per voxel, in mm; large where m is to be believed.
 
     Returns:
         µ in 1/mm.
 
     Raises:
         InputError: x-rays that do not match the views, or are not finite; a negative weight; no iteration; a support
-            of another shape.
+            or prior of another shape, or a prior that is not finite.
     """
     problem = make_problem(xrays, views, volume_shape, spacing_mm)
     low, high = check_bounds(bounds)
@@ -65,6 +71,21 @@ def tv(
                 f"support: found {support.dtype} of shape {tuple(support.shape)}, expected bool of {problem.shape}."
             )
         support = support.to(xrays.device).expand(xrays.shape[0], *problem.shape)
+
+    if prior is not None:
+        expected = (len(problem.xrays), *problem.shape)
+        if tuple(prior.shape) != expected or not torch.isfinite(prior).all():
+            raise InputError(
+                f"prior: found shape {tuple(prior.shape)}, expected finite µ of {expected}, a volume for each patient."
+            )
+        weight = torch.as_tensor(prior_weight_mm, dtype=xrays.dtype, device=xrays.device)
+        if not (torch.isfinite(weight).all() and (weight >= 0).all()):
+            raise InputError("prior_weight_mm: found negative, infinite or NaN weights, expected 0 or more, in mm.")
+        top = torch.full((), high, dtype=xrays.dtype, device=xrays.device)
+        if support is not None:
+            top = torch.where(support, top, torch.full_like(top, low if math.isfinite(low) else 0.0))
+        pull = weight * _tv_factor(problem, 1.0)
+        return _primal_dual(problem, weight_mm, low, top, iterations, prior.to(xrays), pull)
 
     levels = [problem]
     while len(levels) < len(_COARSE_ITERATIONS) and (coarser := levels[-1].coarser()) is not None:
@@ -83,13 +104,20 @@ def tv(
 
 
 def _primal_dual(
-    problem: Problem, weight_mm: float, low: float, top: Tensor, iterations: int, start: Tensor | None
+    problem: Problem,
+    weight_mm: float,
+    low: float,
+    top: Tensor,
+    iterations: int,
+    start: Tensor | None,
+    pull: Tensor | None = None,
 ) -> Float[Tensor, "b z y x"]:
     """Chambolle & Pock's iteration for ½‖Aµ - p‖² + λ Σ |D µ|: the objective of :func:`tv` times views over pixel area.
 
-    p and q are the dual variables of the two terms. D holds differences in units of the mean voxel edge.
+    p and q are the dual variables of the two terms. D holds differences in units of the mean voxel edge. ``pull`` w
+    adds ½ Σ w (µ - start)², whose proximal step is a weighted mean.
     """
-    mu = problem.zeros() if start is None else start
+    mu = problem.zeros() if start is None else start.clone()
     edge = math.prod(problem.spacing) ** (1 / 3)
     scales = [edge / d for d in problem.spacing]
     # K = [A; balance · D]: the balance makes both blocks equally stiff, which decides the speed and not the result.
@@ -117,7 +145,11 @@ def _primal_dual(
             q = dual_edges[axis - 1].narrow(axis, 0, n)
             descent.narrow(axis, 1, n).add_(q, alpha=balance * scale)
             descent.narrow(axis, 0, n).sub_(q, alpha=balance * scale)
-        new = torch.addcmul(mu, step_voxels, descent, value=-1).clamp_min_(low)
+        new = torch.addcmul(mu, step_voxels, descent, value=-1)
+        if pull is not None:
+            force = step_voxels * pull
+            new = torch.addcmul(new, force, start).div_(1 + force)
+        new = new.clamp_min_(low)
         new = torch.minimum(new, top, out=new)
         ahead = torch.lerp(mu, new, 2.0, out=ahead)
         mu = new

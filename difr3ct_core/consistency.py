@@ -1,0 +1,169 @@
+"""Measurement consistency: samples that the x-rays could really have come from. Beyond the paper.
+
+A latent diffusion model is told of the x-rays, but nothing makes its samples obey them: projected again, a sample
+misses its own x-rays by what the autoencoder and the denoiser lost. The projector A is known exactly, so a sample
+µ_s can be moved to a volume that explains the x-rays p and differs from µ_s no more than it must. Three ways:
+
+| name | correction | cost for each sample |
+|---|---|---|
+| ``lsq`` | the smallest change, ‖µ - µ_s‖², that gives A µ = p | about 15 projections |
+| ``spread`` | the same, but a voxel may change in proportion to its posterior variance | the same |
+| ``tv`` | total-variation least squares that starts from µ_s and is held near it | about 60 projections |
+
+All of them work on the samples after decoding, so that any model's samples can be corrected;
+:func:`proximal_model` moves them during the sampling instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import ct
+from .baselines.classical import tv
+from .baselines.classical_problem import make_problem
+from .drr import project
+from .files import InputError
+from .geometry import View
+from .presets import Preset
+
+METHODS = ("none", "lsq", "spread", "tv")
+Model = Callable[[Tensor, int], Tensor]
+
+
+def to_mu(unit: Float[Tensor, "*any"], preset: Preset) -> Float[Tensor, "*any"]:
+    """[-1, 1] -> linear attenuation in 1/mm."""
+    return ct.hu_to_mu(ct.unit_to_hu(unit, preset.volume), preset.xray.mu_water_per_mm)
+
+
+def to_unit(mu: Float[Tensor, "*any"], preset: Preset) -> Float[Tensor, "*any"]:
+    """Linear attenuation in 1/mm -> [-1, 1], clipped to the window."""
+    return ct.hu_to_unit(ct.mu_to_hu(mu, preset.xray.mu_water_per_mm), preset.volume)
+
+
+def residual(
+    samples: Float[Tensor, "s z y x"], xrays: Float[Tensor, "n v u"], views: Sequence[View], preset: Preset
+) -> Float[Tensor, " s"]:
+    """Re-projection error of every sample, ‖A µ - p‖ / ‖p‖.
+
+    Args:
+        samples: volumes in [-1, 1].
+        xrays: line integrals of the patient.
+        views: one per x-ray.
+    """
+    again = project(to_mu(samples, preset)[:, None], views, preset.volume.spacing_mm)[:, 0]
+    return (again - xrays).flatten(1).norm(dim=1) / xrays.norm()
+
+
+def correct(
+    samples: Float[Tensor, "s z y x"],
+    xrays: Float[Tensor, "n v u"],
+    views: Sequence[View],
+    preset: Preset,
+    method: str = "tv",
+    iterations: int | None = None,
+    tv_weight_mm: float = 0.004,
+    prior_weight_mm: float = 0.1,
+    batch: int = 8,
+) -> Float[Tensor, "s z y x"]:
+    """Samples moved to agree with their x-rays.
+
+    Args:
+        samples: posterior samples of one patient in [-1, 1].
+        xrays: its line integrals; those of the samples themselves are compared with them.
+        views: one per x-ray, parallel or cone.
+        preset: grid, window and attenuation of water.
+        method: one of :data:`METHODS`, see the table above; "spread" takes the variance over these samples.
+        iterations: by default 15 for "lsq" and "spread", 30 for "tv".
+        tv_weight_mm, prior_weight_mm: of :func:`difr3ct_core.baselines.classical.tv`.
+        batch: samples corrected together.
+
+    Returns:
+        volumes in [-1, 1].
+
+    Raises:
+        InputError: unknown method, or "spread" with fewer than two samples.
+    """
+    if method not in METHODS:
+        raise InputError(f"consistency: found {method!r}, expected one of {', '.join(METHODS)}.")
+    if method == "none":
+        return samples
+    mu = to_mu(samples, preset)
+    scale = None
+    if method == "spread":
+        if len(samples) < 2:
+            raise InputError(f"consistency: 'spread' needs at least 2 samples, found {len(samples)}; draw more.")
+        deviation = mu.std(0, unbiased=False)
+        scale = deviation + 0.1 * deviation.mean()  # no voxel is quite certain
+    parts = []
+    for some in mu.split(batch):
+        images = xrays.to(some).expand(len(some), -1, -1, -1)
+        if method == "tv":
+            moved = tv(
+                images, views, preset.volume.shape, preset.volume.spacing_mm, weight_mm=tv_weight_mm,
+                iterations=iterations or 30, prior=some, prior_weight_mm=prior_weight_mm,
+            )  # fmt: skip
+        else:
+            moved = some + smallest_change(some, images, views, preset, iterations or 15, scale)
+        parts.append(to_unit(moved, preset))
+    return torch.cat(parts)
+
+
+def smallest_change(
+    mu: Float[Tensor, "b z y x"],
+    xrays: Float[Tensor, "b n v u"],
+    views: Sequence[View],
+    preset: Preset,
+    iterations: int,
+    scale: Float[Tensor, "*b z y x"] | None = None,
+) -> Float[Tensor, "b z y x"]:
+    """δ of least ‖δ / scale‖ with A (µ + δ) = p, by conjugate gradients on y = δ / scale from y = 0 (CGLS).
+
+    Stopped early it leaves a part of the misfit, the finest and least certain.
+    """
+    problem = make_problem(xrays, views, preset.volume.shape, preset.volume.spacing_mm)
+    weight = torch.ones_like(mu[0]) if scale is None else scale / scale.mean()
+    rest = problem.xrays - problem.forward(mu)
+    change = torch.zeros_like(mu)
+    gradient = weight * problem.adjoint(rest)
+    direction, norm = gradient.clone(), gradient.flatten(1).square().sum(1)
+    floor = norm * torch.finfo(mu.dtype).eps ** 2
+    for _ in range(iterations):
+        going = norm > floor
+        if not going.any():
+            break
+        projected = problem.forward(weight * direction)
+        step = torch.where(going, norm / projected.flatten(1).square().sum(1), 0)[:, None, None, None]
+        change += step * direction
+        rest -= step * projected
+        gradient = weight * problem.adjoint(rest)
+        new = gradient.flatten(1).square().sum(1)
+        direction = gradient + torch.where(going, new / norm, 0)[:, None, None, None] * direction
+        norm = torch.where(going, new, norm)
+    return weight * change
+
+
+def proximal_model(
+    model: Model,
+    move: Callable[[Float[Tensor, "b 1 z y x"]], Float[Tensor, "b 1 z y x"]],
+    decode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    below: int,
+) -> Model:
+    """A model of ẑ_0 whose answers, at steps below ``below``, are decoded, corrected and encoded again.
+
+    Args:
+        model: of :func:`difr3ct_core.sampling.guided`.
+        move: volumes in [-1, 1] -> the same, nearer to the x-rays, for example by :func:`correct`.
+        decode, encode: of the autoencoder.
+        below: step t; above it ẑ_0 is still a blur that no correction helps.
+    """
+
+    def corrected(z: Tensor, t: int) -> Tensor:
+        x0 = model(z, t)
+        return encode(move(decode(x0))) if t < below else x0
+
+    return corrected
