@@ -24,6 +24,7 @@ def _reconstruct(options: argparse.Namespace) -> None:
         device=options.device,
         batch=options.batch,
         memory_gb=options.memory_gb,
+        consistency=options.consistency,
     )
     written = result.save(options.out)
     took = result.provenance["wall_s"]
@@ -46,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     rec.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... or auto")
     rec.add_argument("--batch", type=int, default=32, help="samples in memory at a time (default 32)")
     rec.add_argument("--memory-gb", type=float, help="instead of --batch: a limit on the memory of sampling, in GB")
+    rec.add_argument(
+        "--consistency", default="none", help="move the samples until they explain the x-rays: tv, lsq, spread"
+    )
     rec.set_defaults(run=_reconstruct)
     options = parser.parse_args(arguments)
     try:

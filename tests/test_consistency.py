@@ -1,0 +1,206 @@
+"""Measurement consistency against linear algebra: what may change, by how little, and towards what."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from small_models import SMALL, patients, trained
+
+from difr3ct_core import ct, reconstruct
+from difr3ct_core.baselines.classical import tv, tv_objective
+from difr3ct_core.consistency import correct, proximal_model, residual, smallest_change, to_mu, to_unit
+from difr3ct_core.datasets import preset_views
+from difr3ct_core.drr import backproject, project
+from difr3ct_core.files import InputError
+from difr3ct_core.geometry import standard_views
+
+VIEWS = preset_views(SMALL, "2view")
+SPACING = SMALL.volume.spacing_mm
+
+
+def case(seed: int = 0, views=VIEWS):
+    """A patient's x-rays, and three wrong volumes near it."""
+    truth = patients(1, seed).unit()[0]
+    generator = torch.Generator().manual_seed(seed)
+    samples = (truth + 0.2 * torch.randn(3, 16, 16, 16, generator=generator)).clamp(-0.99, 0.99)
+    xrays = project(to_mu(truth, SMALL)[:, None], views, SPACING)[0, 0]
+    return truth, samples, xrays
+
+
+def forward(mu, views=VIEWS):
+    return project(mu[:, None], views, SPACING)[:, 0]
+
+
+def test_units_go_both_ways():
+    unit = torch.linspace(-1, 1, 101)
+    torch.testing.assert_close(to_unit(to_mu(unit, SMALL), SMALL), unit, atol=1e-5, rtol=0)
+
+
+def test_residual_is_the_relative_misfit():
+    truth, samples, xrays = case()
+    assert float(residual(truth, xrays, VIEWS, SMALL)) < 1e-5
+    found = residual(samples, xrays, VIEWS, SMALL)
+    by_hand = [(forward(to_mu(s[None], SMALL)) - xrays).norm() / xrays.norm() for s in samples]
+    torch.testing.assert_close(found, torch.stack(by_hand))
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cone"])
+def test_the_smallest_change_explains_the_x_rays_and_leaves_alone_what_they_do_not_see(mode):
+    views = standard_views((0.0, 60.0, 90.0), 16, 320.0, mode=mode)
+    _, samples, xrays = case(1, views)
+    mu = to_mu(samples, SMALL).double()
+    images = xrays.double().expand(3, -1, -1, -1)
+    change = smallest_change(mu, images, views, SMALL, 400)
+    assert float((forward(mu + change, views) - images).norm() / (forward(mu, views) - images).norm()) < 1e-3
+    # A change of least norm has no part that the x-rays do not see: it is orthogonal to every such volume.
+    unseen = torch.randn(3, 16, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    unseen = unseen + smallest_change(unseen, torch.zeros_like(images), views, SMALL, 400)
+    assert float(forward(unseen, views).norm() / forward(torch.ones_like(unseen), views).norm()) < 1e-3
+    cosine = (change * unseen).sum() / change.norm() / unseen.norm()
+    assert abs(float(cosine)) < 1e-2
+    # Any other solution is further away.
+    assert float((change + 0.1 * unseen).norm()) > float(change.norm())
+
+
+def test_where_nothing_may_change_nothing_does():
+    _, samples, xrays = case(3)
+    mu = to_mu(samples, SMALL)
+    scale = torch.zeros(16, 16, 16)
+    scale[:, :, :8] = torch.rand(16, 16, 8, generator=torch.Generator().manual_seed(4)) + 0.5
+    images = xrays.expand(3, -1, -1, -1)
+    change = smallest_change(mu, images, VIEWS, SMALL, 20, scale)
+    assert float(change[..., 8:].abs().max()) == 0 and float(change[..., :8].abs().max()) > 0
+    # δ = D² Aᵀ y for some y: divided by D² it is a back-projection, hence constant along the rays of a lone view.
+    lone = standard_views((0.0,), 16, 320.0)
+    flat = forward(mu, lone) * 0.9
+    again = torch.rand(16, 16, 16, generator=torch.Generator().manual_seed(5)) + 0.5
+    along_x = smallest_change(mu, flat, lone, SMALL, 30, again) / again.square()
+    torch.testing.assert_close(along_x, along_x.mean(-1, keepdim=True).expand_as(along_x), rtol=2e-3, atol=1e-6)
+
+
+def test_samples_that_explain_their_x_rays_stay():
+    truth, _, xrays = case(6)
+    for method in ("lsq", "tv"):
+        kept = correct(truth, xrays, VIEWS, SMALL, method, tv_weight_mm=0.0)
+        torch.testing.assert_close(kept, truth, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["lsq", "spread", "tv"])
+def test_corrected_samples_are_nearer_to_their_x_rays_and_to_the_truth(method):
+    truth, samples, xrays = case(7)
+    found = correct(samples, xrays, VIEWS, SMALL, method, batch=2)
+    assert found.shape == samples.shape and float(found.abs().max()) <= 1
+    before, after = (residual(v, xrays, VIEWS, SMALL).mean() for v in (samples, found))
+    assert float(after) < 0.2 * float(before)
+    assert float((found - truth).norm()) < float((samples - truth).norm())
+    torch.testing.assert_close(correct(samples, xrays, VIEWS, SMALL, method, batch=3), found, atol=2e-4, rtol=1e-3)
+
+
+def test_no_correction_is_no_change():
+    _, samples, xrays = case()
+    assert correct(samples, xrays, VIEWS, SMALL, "none") is samples
+
+
+def test_bad_input():
+    _, samples, xrays = case()
+    with pytest.raises(InputError, match=r"consistency: found 'magic', expected one of none, lsq, spread, tv"):
+        correct(samples, xrays, VIEWS, SMALL, "magic")
+    with pytest.raises(InputError, match=r"consistency: 'spread' needs at least 2 samples, found 1; draw more"):
+        correct(samples[:1], xrays, VIEWS, SMALL, "spread")
+
+
+# --- total variation that is held near a prior -------------------------------------------------------------------
+
+
+def matrix(views, shape) -> torch.Tensor:
+    """The projector as a dense matrix."""
+    n = math.prod(shape)
+    columns = project(torch.eye(n, dtype=torch.float64).view(n, 1, *shape), views, 40.0)
+    return columns.flatten(1).t()
+
+
+def test_without_variation_it_is_tikhonov_in_closed_form():
+    shape, views = (4, 5, 6), standard_views((0.0, 50.0, 90.0), 8, 320.0)
+    generator = torch.Generator().manual_seed(8)
+    prior = 0.02 * torch.rand(2, *shape, generator=generator, dtype=torch.float64)
+    xrays = project(0.02 * torch.rand(2, 1, *shape, generator=generator, dtype=torch.float64), views, 40.0)[:, 0]
+    weight = 5 + 20 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    found = tv(xrays, views, shape, 40.0, None, 0.0, 4000, prior=prior, prior_weight_mm=weight)
+    a = matrix(views, shape)
+    # views · voxel volume / pixel area turns the integral of the prior term into the sum of the others.
+    w = torch.diag(weight.flatten()) * len(views) * 40.0**3 / math.prod(views[0].pixel_mm)
+    for i in range(2):
+        right = a.t() @ xrays[i].flatten() + w @ prior[i].flatten()
+        exact = torch.linalg.solve(a.t() @ a + w, right).view(shape)
+        torch.testing.assert_close(found[i], exact, rtol=1e-4, atol=1e-7)
+
+
+def test_between_the_prior_and_plain_total_variation():
+    _, samples, xrays = case(9)
+    mu, images = to_mu(samples[:1], SMALL), xrays[None]
+    kept = tv(images, VIEWS, (16, 16, 16), SPACING, prior=mu, prior_weight_mm=1e6, iterations=30)
+    torch.testing.assert_close(kept, mu, atol=1e-6, rtol=1e-3)
+    free = tv(images, VIEWS, (16, 16, 16), SPACING, prior=mu, prior_weight_mm=0.0, iterations=800)
+    plain = tv(images, VIEWS, (16, 16, 16), SPACING, iterations=800)
+    lowest, reached = (float(tv_objective(v, images, VIEWS, SPACING, 0.004)) for v in (plain, free))
+    assert reached == pytest.approx(lowest, rel=0.02)  # it starts elsewhere and ends at the same minimum
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prior": torch.zeros(2, 16, 16, 16)}, r"prior: found shape \(2, 16, 16, 16\), expected finite µ of \(1, 16"),
+        ({"prior": torch.full((1, 16, 16, 16), math.nan)}, "prior: found shape"),
+        ({"prior": torch.zeros(1, 16, 16, 16), "prior_weight_mm": -1.0}, "prior_weight_mm: found negative, infinite"),
+    ],
+)
+def test_bad_priors(arguments, message):
+    _, _, xrays = case()
+    with pytest.raises(InputError, match=message):
+        tv(xrays[None], VIEWS, (16, 16, 16), SPACING, **arguments)
+
+
+# --- inside the sampling, and from the entry point ------------------------------------------------------------------
+
+
+def test_a_proximal_model_corrects_late_steps_only():
+    calls = []
+
+    def model(z, t):
+        return z + 1
+
+    def move(volume):
+        calls.append(volume)
+        return volume * 3
+
+    moved = proximal_model(model, move, decode=lambda z: z * 2, encode=lambda v: v / 2, below=500)
+    z = torch.randn(1, 2, 3, 4, 5)
+    assert torch.equal(moved(z, 500), z + 1) and not calls
+    torch.testing.assert_close(moved(z, 499), (z + 1) * 3)
+    torch.testing.assert_close(calls[0], (z + 1) * 2)
+
+
+def test_reconstruct_with_consistency(tmp_path):
+    weights = trained(tmp_path)
+    xrays = patients(1, 11).with_views("2view").xrays[0]
+    plain = reconstruct(xrays, VIEWS, weights, n_samples=2)
+    moved = reconstruct(xrays, VIEWS, weights, n_samples=2, consistency="lsq")
+    errors = [r.provenance["reprojection_error"] for r in (plain, moved)]
+    assert errors[1] < 0.2 * errors[0] and moved.provenance["consistency"] == "lsq"
+    unit = ct.hu_to_unit(moved.samples, SMALL.volume)
+    assert errors[1] == pytest.approx(float(residual(unit, xrays, VIEWS, SMALL).mean()), rel=1e-2)
+    with pytest.raises(InputError, match="consistency: found 'much', expected one of none"):
+        reconstruct(xrays, VIEWS, weights, consistency="much")
+
+
+def test_the_correction_is_a_back_projection():
+    """The gradient that the solver follows is Aᵀ of the misfit (an independent check of signs and units)."""
+    _, samples, xrays = case(12)
+    mu = to_mu(samples[:1], SMALL)
+    first = smallest_change(mu, xrays[None], VIEWS, SMALL, 1)
+    expected = backproject((xrays[None] - forward(mu))[:, None], VIEWS, (16, 16, 16), SPACING)[:, 0]
+    ratio = first / expected
+    inside = expected.abs() > 1e-3 * expected.abs().max()
+    torch.testing.assert_close(ratio[inside], ratio[inside].mean().expand_as(ratio[inside]), rtol=1e-3, atol=0)
