@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from . import ct
+from .checkpoints import read_log
 from .checks import pick_device
 from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays
 from .diffusion import LatentDiffusion
@@ -141,6 +142,27 @@ class Chapter:
             self.patients("train", None if any_view else view_set), self.vqgan(), self.preset,
             self.run / f"ldm-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"), start,
         )  # fmt: skip
+
+    def short_run(self, model: str) -> Path:
+        """Folder with the log of a training on this machine, for :func:`difr3ct_core.checkpoints.read_log`.
+
+        Where the run trained its own weights, that is their training. Where they shipped, it is the first
+        ``preset.book.scratch_steps`` steps of the same training on a few patients, made now (or before).
+        """
+        if not self.weights(model).suffix:
+            return self.weights(model)
+        steps, folder = self.preset.book.scratch_steps, self.run / "scratch" / model
+        if (folder / "log.csv").exists() and read_log(folder, "loss")[0][-1] + 1 >= steps:
+            return folder
+        few = self.patients("train").take(range(8 * self.preset.train_ldm.batch_size))
+        preset = self.preset.replace(train_vqgan={"log_every": 1}, train_ldm={"log_every": 1})
+        if model == "vqgan":
+            train_vqgan(few, preset, folder, self.seed, self.device, stop_after=steps)
+        else:
+            views = model.removeprefix("ldm-")
+            some = few if views == "any" else few.with_views(views)
+            train_ldm(some, self.vqgan(), preset, folder, self.seed, self.device, steps, views == "any")
+        return folder
 
     def save(
         self, name: str, arrays: Mapping[str, np.ndarray | torch.Tensor], values: Mapping[str, Any], **more: Any

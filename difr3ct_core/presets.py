@@ -156,6 +156,17 @@ class AnyViewPreset:
 
 
 @dataclass(frozen=True)
+class BookPreset:
+    """How much the chapters draw and train, beside the models themselves: what a reader waits for. Our choice."""
+
+    patients: int = 16  # held-out patients of the tables
+    few: int = 8  # held-out patients where many samples of each are drawn
+    samples: int = 12  # of each of those
+    monte_carlo: int = 32  # samples of one patient
+    scratch_steps: int = 20  # of a short training from scratch, where finished weights ship
+
+
+@dataclass(frozen=True)
 class TrainPreset:
     """One training run of one model."""
 
@@ -195,6 +206,7 @@ class Preset:
     sampling: SamplingPreset = field(default_factory=SamplingPreset)
     any_view: AnyViewPreset = field(default_factory=AnyViewPreset)
     initial: InitialPreset = field(default_factory=InitialPreset)
+    book: BookPreset = field(default_factory=BookPreset)
 
     @property
     def condition_channels(self) -> int:
@@ -283,7 +295,7 @@ PRESETS: dict[str, Preset] = {
         train_vqgan=TrainPreset(steps=500, batch_size=8, lr=2e-3, betas=(0.5, 0.9), warmup_steps=50),
         train_ldm=TrainPreset(steps=450, batch_size=16, lr=1e-3, warmup_steps=50),
     ),
-    # An hour and a half on two CPU cores, whose bf16 halves the time: pictures that a student recognises.
+    # An hour or two on two CPU cores: pictures that a student recognises. Finished weights ship with the project.
     "small": Preset(
         name="small",
         volume=VolumePreset(size=64),
@@ -293,6 +305,8 @@ PRESETS: dict[str, Preset] = {
         fusion=FusionPreset(widths=(32, 64, 96, 96), out_channels=32),
         unet=UNetPreset(widths=(32, 96, 128), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
         diffusion=DiffusionPreset(prediction="v"),
+        sampling=SamplingPreset(n_samples=4),
+        book=BookPreset(patients=8, few=2, samples=8),
         # A step on one crop of each of eight patients costs as much as one on a whole volume, and teaches more.
         train_vqgan=TrainPreset(
             steps=3000,

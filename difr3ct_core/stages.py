@@ -203,8 +203,10 @@ def train_vqgan(
         None if critics is None else Opponent(critics, critics.loss),
     )  # fmt: skip
     assert isinstance(best, VQGAN)
+    if stop_after is not None:
+        return best
     best.fit_latent_scale([train.unit(slice(i, i + 8)).to(device) for i in range(0, min(len(train), 128), 8)])
-    if stop_after is None and processes.rank() == 0:
+    if processes.rank() == 0:
         write_safetensors(
             path,
             best.state_dict(),

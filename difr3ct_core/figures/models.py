@@ -46,7 +46,8 @@ def _grid(ax: Axes) -> None:
 def autoencoder_training(result: Result) -> Figure:
     """Terms of Eq. 11 and the use of the codebook during training.
 
-    Arrays: ``step``, ``l1`` (HU), ``commitment``, ``perplexity``; value ``codebook_size``.
+    Arrays: ``step``, ``l1`` (HU), ``commitment``, ``perplexity``; value ``codebook_size``. Of a short training on the
+    reader's machine, where the weights shipped, also ``own_step``, ``own_l1``, ... (drawn as dots).
     """
     a = result.arrays
     figure, axes = new_figure(9.6, 3.3, 1, 3)
@@ -59,12 +60,16 @@ def autoencoder_training(result: Result) -> Figure:
     for ax, (key, label, colour) in zip(axes[0], panels, strict=True):
         ax.plot(a["step"], a[key], color=COLOURS[colour], alpha=0.25, linewidth=1)
         ax.plot(a["step"], _smooth(a[key], width), color=COLOURS[colour])
+        if "own_step" in a:
+            ax.plot(a["own_step"], a[f"own_{key}"], "o", color=COLOURS["black"], markersize=3, label="begun here")
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("")
         ax.set_ylabel(label)
         ax.set_xlabel("training step")
         _grid(ax)
+    if "own_step" in a:
+        axes[0, 0].legend()
     size = result.values["codebook_size"]
     axes[0, 2].axhline(size, color=COLOURS["grey"], linestyle="--", linewidth=1)
     axes[0, 2].text(a["step"][-1], size * 0.97, f"all {size} codes", ha="right", va="top", fontsize=8.5)
@@ -243,15 +248,22 @@ def noising(result: Result) -> Figure:
 def diffusion_training(result: Result) -> Figure:
     """Training loss of each set of views, and the loss at each noise level with and without the right x-rays.
 
-    Arrays: ``step_VIEWS``, ``loss_VIEWS`` for each set of views; ``t``, ``loss_right``, ``loss_none``, ``loss_wrong``.
+    Arrays: ``step_VIEWS``, ``loss_VIEWS`` for each set of views, "any" among them where the any-view model serves;
+    ``t``, ``loss_right``, ``loss_none``, ``loss_wrong``; ``own_step``, ``own_loss`` of a training begun on the
+    reader's machine, if there was one.
     """
     a = result.arrays
     figure, axes = new_figure(9.6, 3.6, 1, 2)
     ax = axes[0, 0]
-    for views in VIEW_ORDER:
+    colours, names = {**VIEW_COLOURS, "any": COLOURS["sky"]}, {**VIEW_NAMES, "any": "any views"}
+    for views in (*VIEW_ORDER, "any"):
+        if f"step_{views}" not in a:
+            continue
         step, loss = a[f"step_{views}"], a[f"loss_{views}"]
-        ax.plot(step, loss, color=VIEW_COLOURS[views], alpha=0.18, linewidth=1)
-        ax.plot(step, _smooth(loss, max(len(loss) // 15, 1)), color=VIEW_COLOURS[views], label=VIEW_NAMES[views])
+        ax.plot(step, loss, color=colours[views], alpha=0.18, linewidth=1)
+        ax.plot(step, _smooth(loss, max(len(loss) // 15, 1)), color=colours[views], label=names[views])
+    if "own_step" in a:
+        ax.plot(a["own_step"], a["own_loss"], "o", color=COLOURS["black"], markersize=3, label="8 views, begun here")
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
