@@ -325,7 +325,7 @@ PRESETS: dict[str, Preset] = {
             lr=1e-3,
             warmup_steps=50,
             ema_decay=0.99,
-            validate_every=200,
+            validate_every=400,
             channels_last=True,
         ),
     ),

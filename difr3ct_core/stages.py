@@ -284,9 +284,13 @@ def _beginning(start: str | Path, autoencoder: str) -> LatentDiffusion:
 
 
 def _validation_loss(
-    sets: Sequence[Patients], vqgan: VQGAN, device: str | torch.device, rounds: int = 4
+    sets: Sequence[Patients], vqgan: VQGAN, device: str | torch.device, patients: int = 16, rounds: int = 2
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Eq. 15 on patients that train nothing, at the same steps and noise every time: the mean over sets of views."""
+    """Eq. 15 on patients that train nothing, at the same steps and noise every time: the mean over sets of views.
+
+    Of few patients and steps, because on a CPU a look at all of them takes as long as dozens of training steps.
+    """
+    sets = [some.take(range(min(patients, len(some)))) for some in sets]
     latents = torch.cat([vqgan.encode(part.to(device)) for part in sets[0].unit().split(8)])
     first: dict[int, Tensor | None] = {}
 

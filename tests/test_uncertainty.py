@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difr3ct_core.files import InputError
-from difr3ct_core.uncertainty import decompose, moments, rank_correlation
+from difr3ct_core.uncertainty import decompose, fit_conformal, moments, rank_correlation
 
 SHAPE = (3, 4, 5)
 
@@ -89,3 +89,62 @@ def test_rank_correlation():
     assert rank_correlation(-error, error) == pytest.approx(-1.0)
     other = torch.rand(20, 30, 40, generator=torch.Generator().manual_seed(3))
     assert abs(rank_correlation(other, other.flip(0))) < 0.05
+
+
+# --- intervals whose coverage is measured ------------------------------------------------------------------------
+
+
+def voxels(n: int, seed: int, skew: bool = False):
+    """Means of all tissues, a spread that is too small by an unknown factor that differs among tissues, and truths."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = 2400 * torch.rand(n, generator=generator) - 1000
+    std = 5 + 50 * torch.rand(n, generator=generator)
+    wrong = torch.where(mean < -500, 3.0, 0.5)
+    noise = torch.randn(n, generator=generator)
+    if skew:
+        noise = noise.exp() - math.exp(0.5)
+    return mean, std, mean + wrong * std * noise
+
+
+@pytest.mark.parametrize("skew", [False, True])
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.99])
+def test_intervals_cover_what_they_promise_in_every_tissue(level, skew):
+    intervals = fit_conformal(*voxels(40_000, 1, skew), level)
+    mean, std, truth = voxels(40_000, 2, skew)
+    inside = intervals.coverage(mean, std, truth)
+    assert float(inside.double().mean()) == pytest.approx(level, abs=0.01)
+    for where in (mean < -500, (mean > -500) & (mean < -150), mean > 150):
+        assert float(inside[where].double().mean()) == pytest.approx(level, abs=0.03)
+    width = intervals.half_width(mean, std)
+    assert float(width[mean < -500].mean()) > 3 * float(width[mean > 150].mean())  # as the errors are
+
+
+def test_for_normal_errors_the_factor_is_the_normal_quantile():
+    generator = torch.Generator().manual_seed(3)
+    std = 20 + 30 * torch.rand(200_000, generator=generator)
+    mean = torch.zeros(200_000)
+    truth = std * torch.randn(200_000, generator=generator)
+    intervals = fit_conformal(mean, std, truth, 0.9, floor_hu=0.0)
+    assert float(intervals.factors[3]) == pytest.approx(1.6449, abs=0.015)  # group of -20 to 150 HU
+    assert float(intervals.factors[0]) == pytest.approx(1.6449, abs=0.015)  # empty: that of all voxels
+
+
+def test_small_calibration_sets_err_on_the_wide_side():
+    """With n scores the rank is ⌈level (n + 1)⌉: nine of nine for 90 %."""
+    mean, std = torch.zeros(9), torch.ones(9)
+    intervals = fit_conformal(mean, std, torch.arange(1.0, 10.0), 0.9, floor_hu=0.0)
+    assert float(intervals.half_width(mean, std)[0]) == 9.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"truth": torch.zeros(3)}, r"truth: found shape \(3,\), expected that of mean \(4,\)"),
+        ({"level": 90.0}, "level: found 90, expected a share between 0 and 1"),
+        ({"std": torch.full((4,), math.nan)}, "mean, std or truth: hold NaN or infinity"),
+    ],
+)
+def test_bad_calibration(change, message):
+    arguments = {"mean": torch.zeros(4), "std": torch.ones(4), "truth": torch.zeros(4), "level": 0.9} | change
+    with pytest.raises(InputError, match=message):
+        fit_conformal(**arguments)
