@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 INSTALL ?= yes
-PRESET ?= tiny
+PRESET ?= small
 CHAPTER ?=
 DATA ?=
 RUN ?=
@@ -39,7 +39,7 @@ help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo; awk -F' *## ' '/^#: /{sub(/^#: /, ""); print "  " $$0}' $(firstword $(MAKEFILE_LIST))
 
-#: PRESET=tiny|small|paper          size of the experiment
+#: PRESET=small|tiny|paper         size: small has weights that ship, the others are trained
 #: CHAPTER=04                       which chapter `make run` runs
 #: DATA= RUN= VIEWS= SEED= DEVICE=  parameters of the chapters; PARAMS="name=value ..." for any other
 #: PYTHON=python3.12 TORCH=2.11.0   another interpreter, another torch

@@ -6,9 +6,9 @@ misses its own x-rays by what the autoencoder and the denoiser lost. The project
 
 | name | correction | cost for each sample |
 |---|---|---|
-| ``lsq`` | the smallest change, ‖µ - µ_s‖², that gives A µ = p | about 15 projections |
+| ``lsq`` | the smallest change, ‖µ - µ_s‖², that gives A µ = p | about 30 projections |
 | ``spread`` | the same, but a voxel may change in proportion to its posterior variance | the same |
-| ``tv`` | total-variation least squares that starts from µ_s and is held near it | about 60 projections |
+| ``tv`` | total-variation least squares, started from µ_s and held near it, most where samples agree | about 80 |
 
 All of them work on the samples after decoding, so that any model's samples can be corrected;
 :func:`proximal_model` moves them during the sampling instead.
@@ -66,7 +66,7 @@ def correct(
     method: str = "tv",
     iterations: int | None = None,
     tv_weight_mm: float = 0.004,
-    prior_weight_mm: float = 0.1,
+    prior_weight_mm: float = 0.05,
     batch: int = 8,
 ) -> Float[Tensor, "s z y x"]:
     """Samples moved to agree with their x-rays.
@@ -77,8 +77,10 @@ def correct(
         views: one per x-ray, parallel or cone.
         preset: grid, window and attenuation of water.
         method: one of :data:`METHODS`, see the table above; "spread" takes the variance over these samples.
-        iterations: by default 15 for "lsq" and "spread", 30 for "tv".
-        tv_weight_mm, prior_weight_mm: of :func:`difr3ct_core.baselines.classical.tv`.
+        iterations: by default 15 for "lsq" and "spread", 40 for "tv".
+        tv_weight_mm, prior_weight_mm: of :func:`difr3ct_core.baselines.classical.tv`. The latter is the weight of a
+            voxel of average variance; from two samples on, others have it in inverse proportion to their variance, as
+            the precision of a Gaussian prior has.
         batch: samples corrected together.
 
     Returns:
@@ -92,19 +94,21 @@ def correct(
     if method == "none":
         return samples
     mu = to_mu(samples, preset)
-    scale = None
-    if method == "spread":
-        if len(samples) < 2:
-            raise InputError(f"consistency: 'spread' needs at least 2 samples, found {len(samples)}; draw more.")
-        deviation = mu.std(0, unbiased=False)
-        scale = deviation + 0.1 * deviation.mean()  # no voxel is quite certain
+    if method == "spread" and len(samples) < 2:
+        raise InputError(f"consistency: 'spread' needs at least 2 samples, found {len(samples)}; draw more.")
+    deviation = mu.std(0, unbiased=False)
+    scale = deviation + 0.1 * deviation.mean() if method == "spread" else None  # no voxel is quite certain
+    hold: float | Tensor = prior_weight_mm
+    if len(samples) > 1:
+        variance = deviation.square()
+        hold = prior_weight_mm * variance.mean() / (variance + 0.1 * variance.mean())
     parts = []
     for some in mu.split(batch):
         images = xrays.to(some).expand(len(some), -1, -1, -1)
         if method == "tv":
             moved = tv(
                 images, views, preset.volume.shape, preset.volume.spacing_mm, weight_mm=tv_weight_mm,
-                iterations=iterations or 30, prior=some, prior_weight_mm=prior_weight_mm,
+                iterations=iterations or 40, prior=some, prior_weight_mm=hold,
             )  # fmt: skip
         else:
             moved = some + smallest_change(some, images, views, preset, iterations or 15, scale)

@@ -70,7 +70,12 @@ def _critics(preset: Preset, vgg16: str | Path | None, device: str | torch.devic
 
 
 def with_settings(preset: Preset, section: str, words: Sequence[str]) -> Preset:
-    """``preset`` with fields of one section changed by words such as ``accumulate=4``.
+    """``preset`` with fields changed by words: ``accumulate=4``, or ``initial.iterations=60`` of another section.
+
+    Args:
+        preset: what to start from.
+        section: of words without a dot.
+        words: NAME=VALUE or SECTION.NAME=VALUE.
 
     Raises:
         InputError: no such field, or a value of the wrong type.
@@ -78,13 +83,18 @@ def with_settings(preset: Preset, section: str, words: Sequence[str]) -> Preset:
     changed = preset.to_dict()
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or name not in changed[section]:
+        where, dot, field = name.rpartition(".")
+        where, field = (where, field) if dot else (section, name)
+        fields = changed.get(where)
+        if not equals or not isinstance(fields, dict) or field not in fields:
             known = ", ".join(sorted(changed[section]))
-            raise InputError(f"{section}: found {word!r}, expected NAME=VALUE with a name of {known}.")
+            raise InputError(
+                f"{section}: found {word!r}, expected NAME=VALUE with a name of {known}; or SECTION.NAME=VALUE."
+            )
         try:
-            changed[section][name] = json.loads(value)
+            fields[field] = json.loads(value)
         except json.JSONDecodeError:
-            changed[section][name] = value
+            fields[field] = value
     return Preset.from_dict(changed)
 
 

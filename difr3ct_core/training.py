@@ -286,7 +286,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--stop-after", type=int, help="leave after so many steps; the next call goes on")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of this stage's training")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of this stage's training; SECTION.NAME=VALUE for any other number of the preset",
+    )
     options = parser.parse_args(arguments)
     try:
         processes.connect()

@@ -245,7 +245,8 @@ def test_exported_weights_are_half_as_large_and_nearly_the_same(runs, tmp_path, 
 def test_words_change_a_preset():
     changed = with_settings(SMALL, "train_ldm", ["accumulate=2", "precision=bf16", "lr=0.5"])
     assert changed == SMALL.replace(train_ldm={"accumulate": 2, "precision": "bf16", "lr": 0.5})
-    for word in ("nothing=1", "accumulate"):
+    assert with_settings(SMALL, "train_ldm", ["initial.iterations=7"]) == SMALL.replace(initial={"iterations": 7})
+    for word in ("nothing=1", "accumulate", "initial.nothing=1", "nowhere.lr=1", "name.lr=1"):
         with pytest.raises(InputError, match=rf"train_ldm: found '{word}', expected NAME=VALUE with a name of accumul"):
             with_settings(SMALL, "train_ldm", [word])
     with pytest.raises(InputError, match=r"preset\.train_ldm\.accumulate: found 'two', expected a whole number"):
