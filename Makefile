@@ -16,6 +16,8 @@ DEVICE ?=
 PARAMS ?=
 PYTEST ?=
 BENCH ?= end_to_end
+TOLERANCE ?=
+TRAIN ?=
 
 ifeq ($(INSTALL),yes)
   BIN := $(VENV)/bin/python
@@ -32,7 +34,7 @@ define environment
   "$(PYTHON)" book/environment.py --extras $(1) --venv "$(VENV)" --torch "$(TORCH)"; fi
 endef
 
-.PHONY: help book run test test-all lint lab figures clean
+.PHONY: help book run verify test test-all lint lab figures clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -41,6 +43,7 @@ help: ## list the targets
 
 #: PRESET=tiny|small|paper          size of the experiment
 #: CHAPTER=04                       which chapter `make run` runs
+#: TOLERANCE=0.01 TRAIN=yes         of `make verify`: by how much a number may differ; train the models again too
 #: DATA= RUN= VIEWS= SEED= DEVICE=  parameters of the chapters; PARAMS="name=value ..." for any other
 #: PYTHON=python3.12 TORCH=2.11.0   another interpreter, another torch
 #: INSTALL=no                       use PYTHON as it is: no environment is made
@@ -53,6 +56,11 @@ book: ## run the chapters (only what changed) and build build/html/index.html
 run: ## run one chapter with your parameters: make run CHAPTER=04 VIEWS=2view
 	$(call environment,book)
 	@$(BIN) book/run_chapters.py run "$(CHAPTER)" --preset "$(PRESET)" $(PASSED)
+
+verify: ## redraw figures and recompute numbers of a run, run a chapter again: make verify RUN=runs/tiny CHAPTER=05
+	$(call environment,book)
+	@$(BIN) book/verify.py --run "$(or $(RUN),runs/$(PRESET))" $(if $(CHAPTER),--chapter "$(CHAPTER)") \
+	  $(if $(DATA),--data "$(DATA)") $(if $(TOLERANCE),--tolerance "$(TOLERANCE)") $(if $(TRAIN),--train)
 
 test: ## run the tests, without the slow ones
 	$(call environment,book$(comma)dev)
