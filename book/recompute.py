@@ -177,8 +177,7 @@ def _training(result: Result) -> Found:
 
 @formula("end_to_end")
 def _end_to_end(result: Result) -> Found:
-    a, v = result.arrays, result.values
-    limits = window(result)
+    a, limits = result.arrays, window(result)
     arrays = {
         "mean_volume": "psnr_mean_volume",
         "wrong_xrays_8view": "wrong_8view",

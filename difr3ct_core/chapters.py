@@ -50,6 +50,12 @@ def project_root() -> Path:
     return here
 
 
+def cohort_folder(preset: Preset) -> str:
+    """Name of the folder of a preset's phantoms: "tiny-lung", and "tiny-thoracic" for the preset of that name."""
+    suffix = f"-{preset.cohort.cohort}"
+    return preset.name.removesuffix(suffix) + suffix
+
+
 class Chapter:
     """Data, models and results of one run of one chapter; make it with :func:`open_chapter`."""
 
@@ -70,7 +76,7 @@ class Chapter:
     def patients(self, split: str, view_set: str | None = None) -> Patients:
         """Phantom patients of one split ("train", "val", "test"), with all x-rays or those of one set of views."""
         if split not in self._patients:
-            folder = self.data / f"{self.preset.name}-{self.preset.cohort.cohort}"
+            folder = self.data / cohort_folder(self.preset)
             with first_alone():
                 make_cohort(folder, self.preset)
             self._patients[split] = load_patients(folder, split)
@@ -173,5 +179,6 @@ def open_chapter(
     Raises:
         InputError: unknown preset or device.
     """
-    root = project_root()
-    return Chapter(name, get_preset(preset), root / data, root / (run or f"runs/{preset}"), seed, pick_device(device))
+    root, settings = project_root(), get_preset(preset)
+    run = root / (run or f"runs/{settings.name}")
+    return Chapter(name, settings, root / data, run, seed, pick_device(device))
