@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from execution import run_notebook
 from nbformat import NotebookNode
-from notebook_checks import code_cells, parse, read_notebook, tags
+from notebook_checks import code_cells, injected_parameters, parse, read_notebook
 from PIL import Image
 from recompute import FORMULAS
 from run_folders import borrow_models
@@ -268,19 +268,6 @@ def compare(saved: Result, found: Result, tolerance: float, report: Report) -> N
 # A chapter again ----------------------------------------------------------------------------------------------------
 
 
-def injected(executed: Path) -> dict[str, Any]:
-    """The parameters that an executed copy was run with; empty when there is no copy."""
-    if not executed.exists():
-        return {}
-    values = {}
-    for cell in read_notebook(executed).cells:
-        if "injected-parameters" in tags(cell):
-            for node in ast.parse(cell.source).body:
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    values[node.targets[0].id] = ast.literal_eval(node.value)
-    return values
-
-
 def run_again(
     root: Path, source: Path, run: Path, results: dict[str, Result], given: dict[str, Any], train: bool,
     tolerance: float, report: Report,
@@ -331,7 +318,7 @@ def verify(
     given: dict[str, Any] = {}
     for source in sources:
         executed = root / "build" / "executed" / (presets or ["?"])[0] / source.name
-        parameters = injected(executed)
+        parameters = injected_parameters(read_notebook(executed)) if executed.exists() else {}
         same = parameters and (root / str(parameters.get("run", ""))).resolve() == run
         notebook = read_notebook(executed if same else source)
         if not same:

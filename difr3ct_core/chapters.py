@@ -32,7 +32,7 @@ from .datasets import Patients, load_patients, make_cohort, preset_views, render
 from .diffusion import LatentDiffusion
 from .presets import Preset, get_preset
 from .processes import first_alone
-from .results import Result, load_result, provenance, save_result
+from .results import Result, load_result, provenance, run_id, save_result
 from .stages import train_ldm, train_vqgan
 from .vqgan import VQGAN
 from .weights import load_ldm, load_vqgan
@@ -67,6 +67,7 @@ class Chapter:
         self.seed, self.device = seed, device
         self._began = time.monotonic()
         self._patients: dict[str, Patients] = {}
+        self._opened: set[str] = set()  # data, for provenance
 
     @property
     def results(self) -> Path:
@@ -80,6 +81,7 @@ class Chapter:
             with first_alone():
                 make_cohort(folder, self.preset)
             self._patients[split] = load_patients(folder, split)
+            self._opened.add(folder.name)
         patients = self._patients[split]
         return patients.with_views(view_set) if view_set else patients
 
@@ -90,6 +92,7 @@ class Chapter:
         if scan is None:
             return None
         volume = self.preset.volume
+        self._opened.add("LIDC-IDRI-0001")
         prepared = ct.prepare_ct(scan, volume)
         hu = prepared.hu.clamp(volume.hu_min, volume.hu_max).round()
         views = preset_views(self.preset)
@@ -149,9 +152,9 @@ class Chapter:
         self, name: str, arrays: Mapping[str, np.ndarray | torch.Tensor], values: Mapping[str, Any], **more: Any
     ) -> Result:
         """Save a result of this chapter with its provenance; ``more`` is added to the provenance."""
-        origin = provenance(
-            self.preset.name, self.seed, self.device, time.monotonic() - self._began, chapter=self.name, **more
-        )
+        about = {"chapter": self.name, "run": run_id(self.run), "data": sorted(self._opened), **more}
+        wall_s = time.monotonic() - self._began
+        origin = provenance(self.preset.name, self.seed, self.device, wall_s, **about)
         return save_result(self.results, name, arrays, values, origin)
 
     def load(self, name: str) -> Result:
