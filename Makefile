@@ -65,9 +65,10 @@ run: ## run one chapter with your parameters: make run CHAPTER=04 VIEWS=2view
 
 study: ## run the chapters over views, cohorts, baselines and seeds (book/study.yml), here or by PROFILE=profiles/slurm
 	$(call environment,book$(comma)batch$(comma)train)
-	@$(BIN) -m snakemake $(if $(PROFILE),--profile "$(PROFILE)",--cores "$(CORES)" --rerun-incomplete --keep-going \
-	  --resources gpu=$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')) $(if $(DRYRUN),--dry-run) \
-	  --config preset="$(PRESET)" $(STUDY)
+	@gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
+	  $(BIN) -m snakemake $(if $(PROFILE),--profile "$(PROFILE)",--cores "$(CORES)" --rerun-incomplete --keep-going \
+	  --resources gpu=$$gpus) $(if $(DRYRUN),--dry-run) \
+	  --config preset="$(PRESET)" $(if $(PROFILE),,gpus_here=$$gpus) $(foreach word,$(STUDY),"$(word)")
 
 report: ## what the last study did, and what it cost: make report PRESET=paper PRICE=2.5
 	$(call environment,book)

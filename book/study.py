@@ -69,7 +69,10 @@ class Study:
 
     def __init__(self, config: Mapping[str, Any], root: Path) -> None:
         self.root, self.config = root, dict(config)
+        here = self.config.pop("gpus_here", None)
         self._check()
+        if here is not None:  # a job that asked for more GPUs than this machine has would wait for ever
+            self.config["gpus"] = {kind: min(count, int(here)) for kind, count in config["gpus"].items()}
         self.preset: str = config["preset"]
         path = Path(self.preset)
         self.size = (

@@ -101,6 +101,9 @@ def test_every_chapter_of_the_book_is_in_the_study() -> None:
 def test_gpus_are_asked_for_only_when_there_are_some(everything: Path) -> None:
     assert Study(CONFIG, everything).gpu("train") == {"gpu": 4}
     assert Study({**CONFIG, "gpus": {"train": 0, "chapter": 0}}, everything).gpu("train") == {}
+    assert Study({**CONFIG, "gpus_here": 0}, everything).gpu("chapter") == {}
+    small = Study({**CONFIG, "gpus_here": 2}, everything)
+    assert small.gpu("train") == {"gpu": 2} and "--gpus 2" in small.command(Job("lung", 0, "vqgan"))
 
 
 @pytest.mark.parametrize(
