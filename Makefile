@@ -16,6 +16,13 @@ DEVICE ?=
 PARAMS ?=
 PYTEST ?=
 BENCH ?= end_to_end
+TOLERANCE ?=
+TRAIN ?=
+STUDY ?=
+PROFILE ?=
+CORES ?= all
+DRYRUN ?=
+PRICE ?= 0
 
 ifeq ($(INSTALL),yes)
   BIN := $(VENV)/bin/python
@@ -32,7 +39,7 @@ define environment
   "$(PYTHON)" book/environment.py --extras $(1) --venv "$(VENV)" --torch "$(TORCH)"; fi
 endef
 
-.PHONY: help book run test test-all lint lab figures clean
+.PHONY: help book run study report verify test test-all lint lab figures clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo
@@ -41,6 +48,8 @@ help: ## list the targets
 
 #: PRESET=small|tiny|paper         size: small has weights that ship, the others are trained
 #: CHAPTER=04                       which chapter `make run` runs
+#: STUDY="seeds=[0]" PROFILE= CORES=all DRYRUN=yes   of `make study`; PRICE=2.5 per GPU hour, of `make report`
+#: TOLERANCE=0.01 TRAIN=yes         of `make verify`: by how much a number may differ; train the models again too
 #: DATA= RUN= VIEWS= SEED= DEVICE=  parameters of the chapters; PARAMS="name=value ..." for any other
 #: PYTHON=python3.12 TORCH=2.11.0   another interpreter, another torch
 #: INSTALL=no                       use PYTHON as it is: no environment is made
@@ -53,6 +62,22 @@ book: ## run the chapters (only what changed) and build build/html/index.html
 run: ## run one chapter with your parameters: make run CHAPTER=04 VIEWS=2view
 	$(call environment,book)
 	@$(BIN) book/run_chapters.py run "$(CHAPTER)" --preset "$(PRESET)" $(PASSED)
+
+study: ## run the chapters over views, cohorts, baselines and seeds (book/study.yml), here or by PROFILE=profiles/slurm
+	$(call environment,book$(comma)batch$(comma)train)
+	@gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
+	  $(BIN) -m snakemake $(if $(PROFILE),--profile "$(PROFILE)",--cores "$(CORES)" --rerun-incomplete --keep-going \
+	  --resources gpu=$$gpus) $(if $(DRYRUN),--dry-run) \
+	  --config preset="$(PRESET)" $(if $(PROFILE),,gpus_here=$$gpus) $(foreach word,$(STUDY),"$(word)")
+
+report: ## what the last study did, and what it cost: make report PRESET=paper PRICE=2.5
+	$(call environment,book)
+	@$(BIN) book/batch_report.py "runs/study/$(PRESET)" --price "$(PRICE)"
+
+verify: ## redraw figures and recompute numbers of a run, run a chapter again: make verify RUN=runs/tiny CHAPTER=05
+	$(call environment,book)
+	@$(BIN) book/verify.py --run "$(or $(RUN),runs/$(PRESET))" $(if $(CHAPTER),--chapter "$(CHAPTER)") \
+	  $(if $(DATA),--data "$(DATA)") $(if $(TOLERANCE),--tolerance "$(TOLERANCE)") $(if $(TRAIN),--train)
 
 test: ## run the tests, without the slow ones
 	$(call environment,book$(comma)dev)

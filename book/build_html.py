@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 from fingerprint import digest
-from notebook_checks import check_executed, read_notebook
+from notebook_checks import check_executed, injected_parameters, read_notebook
 
 from difr3ct_core.files import InputError, atomic_path, sha256
 
@@ -63,7 +63,9 @@ def build_html(root: Path, executed: Mapping[str, Path], note: Callable[[str], N
     files = {str(path.relative_to(root)): path for pattern in TEXT for path in root.glob(pattern) if path.is_file()}
     files |= {f"notebooks/{name}": path for name, path in executed.items()}
     files |= {f"book/static/{name}": path for name, path in assets.items()}
-    state = digest([sorted((name, sha256(path)) for name, path in files.items()), sha256(Path(__file__))])
+    results = linked_results(root, executed)
+    every = [*files.items(), *((f"results/{name}", path) for name, path in results.items())]
+    state = digest([sorted((name, sha256(path)) for name, path in every), sha256(Path(__file__))])
     stamp = html / ".state"
     missing = [] if assets else [WITHOUT_ASSETS]
     if stamp.exists() and stamp.read_text() == state and (html / "index.html").exists():
@@ -78,12 +80,37 @@ def build_html(root: Path, executed: Mapping[str, Path], note: Callable[[str], N
     for folder in (fresh, old):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(built, fresh)
+    (fresh / "results").mkdir(exist_ok=True)
+    for name, path in results.items():
+        shutil.copyfile(path, fresh / "results" / name)
     (fresh / ".state").write_text(state)
     if html.exists():
         html.rename(old)
     fresh.rename(html)
     shutil.rmtree(old, ignore_errors=True)
     return missing
+
+
+def linked_results(root: Path, executed: Mapping[str, Path]) -> dict[str, Path]:
+    """File names → results that the figures of the executed chapters link to as their origin.
+
+    Raises:
+        InputError: such a result is gone.
+    """
+    found = {}
+    for path in executed.values():
+        notebook = read_notebook(path)
+        run = root / str(injected_parameters(notebook).get("run", ""))
+        for cell in notebook.cells:
+            for output in cell.get("outputs", []):
+                text = "".join(output.get("data", {}).get("text/html", ""))
+                for name in re.findall(r'href="\.\./results/([\w.-]+\.json)"', text):
+                    found[name] = run / "results" / name
+                    if not found[name].exists():
+                        raise InputError(
+                            f"{found[name]}: is gone, expected the origin of a figure; run {path.stem} again."
+                        )
+    return found
 
 
 def fetch_assets(root: Path) -> dict[str, Path]:

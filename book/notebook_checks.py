@@ -86,6 +86,17 @@ def parameters_of(notebook: NotebookNode, path: Path) -> dict[str, Any]:
     return values
 
 
+def injected_parameters(notebook: NotebookNode) -> dict[str, Any]:
+    """The parameters that an executed copy was run with; empty for a source."""
+    values = {}
+    for cell in notebook.cells:
+        if "injected-parameters" in tags(cell):
+            for node in ast.parse(cell.source).body:
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    values[node.targets[0].id] = ast.literal_eval(node.value)
+    return values
+
+
 def check_parameters(notebook: NotebookNode, path: Path, given: Mapping[str, Any]) -> None:
     """Refuse a parameter that the notebook does not have, or a value of another type than its default.
 

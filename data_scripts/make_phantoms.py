@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from difr3ct_core.chapters import cohort_folder
 from difr3ct_core.datasets import make_cohort
 from difr3ct_core.files import InputError
 from difr3ct_core.presets import PRESETS, get_preset
@@ -19,16 +20,16 @@ from difr3ct_core.presets import PRESETS, get_preset
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
+    parser.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)}, NAME-COHORT, or a JSON file")
     parser.add_argument("--cohort", choices=["lung", "thoracic", "intact"], help="by default the preset's")
     parser.add_argument("--out", type=Path, help="by default data/PRESET-COHORT")
     parser.add_argument("--workers", type=int, help="processes; by default one per core")
     options = parser.parse_args(arguments)
-    preset = get_preset(options.preset)
-    if options.cohort:
-        preset = preset.replace(cohort={"cohort": options.cohort})
-    out = options.out or Path("data") / f"{preset.name}-{preset.cohort.cohort}"
     try:
+        preset = get_preset(options.preset)
+        if options.cohort:
+            preset = preset.replace(cohort={"cohort": options.cohort})
+        out = options.out or Path("data") / cohort_folder(preset)
         folder = make_cohort(out, preset, options.workers)
     except InputError as error:
         print(f"make_phantoms: {error}", file=sys.stderr)

@@ -33,7 +33,7 @@ from .datasets import Patients, load_patients, make_cohort, preset_views, render
 from .diffusion import LatentDiffusion
 from .presets import Preset, get_preset
 from .processes import first_alone
-from .results import Result, load_result, provenance, save_result
+from .results import Result, load_result, provenance, run_id, save_result
 from .stages import train_ldm, train_vqgan
 from .vqgan import VQGAN
 from .weights import load_ldm, load_vqgan
@@ -51,6 +51,12 @@ def project_root() -> Path:
     return here
 
 
+def cohort_folder(preset: Preset) -> str:
+    """Name of the folder of a preset's phantoms: "tiny-lung", and "tiny-thoracic" for the preset of that name."""
+    suffix = f"-{preset.cohort.cohort}"
+    return preset.name.removesuffix(suffix) + suffix
+
+
 class Chapter:
     """Data, models and results of one run of one chapter; make it with :func:`open_chapter`."""
 
@@ -62,6 +68,7 @@ class Chapter:
         self.seed, self.device = seed, device
         self._began = time.monotonic()
         self._patients: dict[str, Patients] = {}
+        self._opened: set[str] = set()  # data, for provenance
 
     @property
     def results(self) -> Path:
@@ -71,10 +78,11 @@ class Chapter:
     def patients(self, split: str, view_set: str | None = None) -> Patients:
         """Phantom patients of one split ("train", "val", "test"), with all x-rays or those of one set of views."""
         if split not in self._patients:
-            folder = self.data / f"{self.preset.name}-{self.preset.cohort.cohort}"
+            folder = self.data / cohort_folder(self.preset)
             with first_alone():
                 make_cohort(folder, self.preset)
             self._patients[split] = load_patients(folder, split)
+            self._opened.add(folder.name)
         patients = self._patients[split]
         return patients.with_views(view_set) if view_set else patients
 
@@ -85,6 +93,7 @@ class Chapter:
         if scan is None:
             return None
         volume = self.preset.volume
+        self._opened.add("LIDC-IDRI-0001")
         prepared = ct.prepare_ct(scan, volume)
         hu = prepared.hu.clamp(volume.hu_min, volume.hu_max).round()
         views = preset_views(self.preset)
@@ -168,9 +177,9 @@ class Chapter:
         self, name: str, arrays: Mapping[str, np.ndarray | torch.Tensor], values: Mapping[str, Any], **more: Any
     ) -> Result:
         """Save a result of this chapter with its provenance; ``more`` is added to the provenance."""
-        origin = provenance(
-            self.preset.name, self.seed, self.device, time.monotonic() - self._began, chapter=self.name, **more
-        )
+        about = {"chapter": self.name, "run": run_id(self.run), "data": sorted(self._opened), **more}
+        wall_s = time.monotonic() - self._began
+        origin = provenance(self.preset.name, self.seed, self.device, wall_s, **about)
         return save_result(self.results, name, arrays, values, origin)
 
     def load(self, name: str) -> Result:
@@ -198,5 +207,6 @@ def open_chapter(
     Raises:
         InputError: unknown preset or device.
     """
-    root = project_root()
-    return Chapter(name, get_preset(preset), root / data, root / (run or f"runs/{preset}"), seed, pick_device(device))
+    root, settings = project_root(), get_preset(preset)
+    run = root / (run or f"runs/{settings.name}")
+    return Chapter(name, settings, root / data, run, seed, pick_device(device))

@@ -79,7 +79,7 @@ def frame_slider(
 
     Args:
         images: frames of one size: files in PNG, WebP or JPEG, or arrays uint8 (row, column) or (row, column, 3),
-            which are written as WebP.
+            which are written as WebP. Frames with an ``origin`` (HTML) get it under the slider.
         labels: one per frame, shown beside the slider and read out ("45°").
         alt: text in place of the picture; "{label}" in it stands for the frame's label.
         title: what the slider changes ("angle").
@@ -127,7 +127,7 @@ def frame_slider(
             f"images: {len(files)} frames make {len(text)} bytes of HTML, expected at most {limit_bytes}; "
             "take fewer or smaller frames, or a lower quality."
         )
-    return Interactive(text)
+    return Interactive(text + getattr(images, "origin", ""))
 
 
 def _webp(array: np.ndarray, quality: int) -> bytes:

@@ -18,7 +18,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from .files import InputError
+from .files import InputError, read_json
 
 #: Angles in degrees per set of views, §V-B: 0 is lateral, 90 is frontal.
 VIEW_SETS: dict[str, tuple[float, ...]] = {
@@ -363,12 +363,26 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+#: Cohorts of phantoms that a preset's name may end in: "paper-thoracic" is `paper` on women after mastectomy.
+COHORTS = ("lung", "thoracic", "intact")
+
+
 def get_preset(name: str) -> Preset:
     """The preset called ``name``.
 
+    Args:
+        name: "tiny", "small" or "paper"; with "-lung", "-thoracic" or "-intact" at its end, on that cohort; or a JSON
+            file of :meth:`Preset.to_dict`, for numbers of one's own.
+
     Raises:
-        InputError: no such preset.
+        InputError: no such preset, or a file that holds none.
     """
-    if name not in PRESETS:
-        raise InputError(f"preset: found {name!r}, expected one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
+    if name.endswith(".json"):
+        return Preset.from_dict(read_json(name, "a preset"))
+    size, dash, cohort = name.partition("-")
+    if size not in PRESETS or (dash and cohort not in COHORTS):
+        raise InputError(
+            f"preset: found {name!r}, expected one of {', '.join(PRESETS)}, with or without one of "
+            f"{', '.join(f'-{cohort}' for cohort in COHORTS)}, or a JSON file."
+        )
+    return PRESETS[size].replace(name=name, cohort={"cohort": cohort}) if dash else PRESETS[size]

@@ -11,6 +11,7 @@ import functools
 import json
 import platform
 import resource
+import secrets
 import subprocess
 import sys
 import time
@@ -66,6 +67,22 @@ def peak_memory_gb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def run_id(folder: str | Path) -> str:
+    """Name of a run that no other run has: the folder's name and eight digits, made at the first call and kept there.
+
+    Raises:
+        InputError: the folder's ``run.json`` is damaged.
+    """
+    path = Path(folder) / "run.json"
+    if not path.exists():
+        made = {"id": f"{path.parent.name}-{secrets.token_hex(4)}"}
+        write_json(path, {**made, "begun": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+    found = read_json(path, "the name of a run")  # read back: another process may have been as quick
+    if not isinstance(found, dict) or not isinstance(found.get("id"), str):
+        raise InputError(f"{path}: holds no id, expected the name of a run; remove the file.")
+    return found["id"]
+
+
 def provenance(
     preset: str, seed: int, device: torch.device | str = "cpu", wall_s: float | None = None, **more: Any
 ) -> dict[str, Any]:
@@ -104,6 +121,7 @@ class Result:
     arrays: dict[str, np.ndarray]
     values: dict[str, Any]
     provenance: dict[str, Any]
+    path: Path | None = None  # of its JSON file
 
 
 def save_result(
@@ -156,4 +174,4 @@ def load_result(folder: str | Path, name: str) -> Result:
     arrays = read_npz(folder / f"{name}.npz", tuple(record["arrays"]))
     if sha256(folder / f"{name}.npz") != record["arrays_sha256"]:
         raise InputError(f"{folder / name}.npz: is not the file that {path.name} describes; run its chapter again.")
-    return Result(name, arrays, record["values"], record["provenance"])
+    return Result(name, arrays, record["values"], record["provenance"], path)

@@ -18,6 +18,7 @@ from ..results import Result
 from .style import (
     COLOURS,
     CT,
+    Frames,
     Scale,
     TalkFigure,
     colour_bar,
@@ -165,7 +166,7 @@ def views_frames(result: Result, width_px: int = 640) -> list[np.ndarray]:
             mark_sides(ax, "axial")
             ax.set_title(f"Eq. 10 of {title}, {count} view{'s' if count > 1 else ''}")
         frames.append(frame_pixels(figure))
-    return frames
+    return Frames(frames, result)
 
 
 @styled

@@ -14,6 +14,7 @@ from .style import (
     COLOURS,
     XRAY,
     Column,
+    Frames,
     Scale,
     colour_bar,
     finish,
@@ -224,7 +225,7 @@ def film_frames(result: Result, width_px: int = 560) -> list[np.ndarray]:
             show_image(ax, picture)
             ax.set_title(title)
         frames.append(frame_pixels(figure))
-    return frames
+    return Frames(frames, result)
 
 
 @styled

@@ -7,8 +7,10 @@ superior up in the others. Grey means HU in one fixed window, so that two pictur
 from __future__ import annotations
 
 import functools
+import html
 import io
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
@@ -89,8 +91,60 @@ CT = Scale("HU", -1000, 500)
 XRAY = Scale("line integral of µ", 0, 6)
 
 
+def origin_html(result: Result) -> str:
+    """The line under a figure that leads to where it is from: run, commit, preset, data, seed, device, time, file.
+
+    In a page of the book (``BOOK_STATIC``) the link leads to the copy of the result beside the pages, in JupyterLab to
+    the file in the run folder, seen from ``notebooks/``.
+    """
+    origin, values = result.provenance, result.values
+    name = f"{result.name}.json"
+    link = f"../results/{name}"
+    if result.path is not None and not os.environ.get("BOOK_STATIC"):
+        path = result.path.resolve()
+        beside = (folder / "notebooks" for folder in path.parents if (folder / "notebooks").is_dir())
+        link = os.path.relpath(path, next(beside, path.parent))
+    # Chapters that open no cohort say whom they show.
+    shown = origin.get("data") or values.get("names") or [values.get("patient", "computed, no patient")]
+    seconds = origin.get("wall_s")
+    parts = [
+        f"run <code>{html.escape(str(origin.get('run', '?')))}</code>",
+        f"commit <code>{html.escape(str(origin.get('commit', '?')))}</code>",
+        *(
+            html.escape(text)
+            for text in (
+                f"preset {origin.get('preset', '?')}",
+                f"data: {', '.join(map(str, shown))}",
+                f"seed {origin.get('seed', '?')}",
+                str(origin.get("device", "?")),
+                "time ?" if seconds is None else f"{seconds:.0f} s",
+            )
+        ),
+        f'<a href="{html.escape(link, quote=True)}">{html.escape(name)}</a>',
+    ]
+    return f'<p class="origin">{" · ".join(parts)}</p>'
+
+
+class Frames(list):
+    """Frames of a slider, with the line about their origin."""
+
+    def __init__(self, frames: Sequence[np.ndarray], result: Result) -> None:
+        super().__init__(frames)
+        self.origin = origin_html(result)
+
+
 class TalkFigure(Figure):
-    """A Figure that a notebook shows by itself, with or without pyplot."""
+    """A Figure that a notebook shows by itself, with or without pyplot, and under it the line about its origin."""
+
+    origin = ""  # HTML, set by finish()
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import HTML, Image, display
+
+        # Two outputs: a picture beside HTML in one output would be shown by only one of the two.
+        display(Image(self._repr_png_(), format="png"))
+        if self.origin:
+            display(HTML(self.origin))
 
     def _repr_png_(self) -> bytes:
         stream = io.BytesIO()
@@ -134,6 +188,7 @@ def finish(figure: Figure, result: Result, title: str) -> Figure:
     """Add the message at the top and the provenance at the bottom."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.supxlabel(provenance_line(result), x=0.01, ha="left", fontsize=7, color=COLOURS["grey"])
+    figure.origin = origin_html(result)  # type: ignore[attr-defined]
     return figure
 
 

@@ -21,6 +21,7 @@ from .style import (
     COLOURS,
     CT,
     XRAY,
+    Frames,
     Scale,
     colour_bar,
     finish,
@@ -172,7 +173,7 @@ def rotation_frames(result: Result, width_px: int = 640) -> list[np.ndarray]:
         show_xray(right, xray, angle, scale, mirror=True)
         right.set_title(f"x-ray at {angle:g}°")
         frames.append(frame_pixels(figure))
-    return frames
+    return Frames(frames, result)
 
 
 @styled
