@@ -229,9 +229,8 @@ def _live(
     if _installed("itkwidgets") and _online():
         from itkwidgets import view  # type: ignore[import-not-found]
 
-        # It takes ITK images, whose spacing and size are (x, y, z).
         image = _itk_image(voxels, spacing)
-        shown = {} if numbers is None else {"label_image": _itk_image(numbers, spacing)}
+        shown = {} if numbers is None else {"label_image": _itk_image(numbers, spacing), "label_lut": "glasbey_light"}
         return view(image=image, rotate=False, ui_collapsed=False, **shown)
     if _installed("ipyniivue"):
         from ipyniivue import NiiVue, Volume  # type: ignore[import-not-found]
@@ -261,10 +260,10 @@ def label_colours(names: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _itk_image(array: np.ndarray, spacing: tuple[float, float, float]) -> Any:
-    import SimpleITK as sitk
+    from itkwasm import image_from_array  # type: ignore[import-not-found]  # comes with itkwidgets
 
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing[::-1])
+    image = image_from_array(array)
+    image.spacing = list(spacing[::-1])  # x, y, z
     return image
 
 

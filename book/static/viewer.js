@@ -64,6 +64,9 @@
       data,
       metadata: new Map(),
     });
+    // The viewer begins with a rendering of the volume, whatever comes next; without a graphics card it is made small.
+    if (software) box.style.inset = "0 auto auto 0";
+    if (software) box.style.width = box.style.height = "96px";
     const small = Math.min(window.innerWidth, window.innerHeight * 1.5) < 640;
     const viewer = await itkVtkViewer.createViewer(box, {
       image: image("CT", voxels, "int16"),
@@ -84,6 +87,7 @@
     window.viewer = viewer;
     viewer.setImageColorRange(spec.window, 0, "CT");
     if (software) viewer.setViewMode("YPlane");
+    box.removeAttribute("style");
     await waitForPicture(() => viewer.captureImage());
     return software
       ? "No graphics card: it starts with slices. The cube in the menu renders the volume, slowly."
@@ -116,7 +120,7 @@
     return file.buffer;
   }
 
-  async function showNiivue(voxels, organs, spec) {
+  async function showNiivue(voxels, organs, spec, software) {
     const canvas = document.createElement("canvas");
     canvas.tabIndex = 0;
     box.append(canvas);
@@ -125,11 +129,11 @@
       show3Dcrosshair: true,
       dragAndDropEnabled: false,
       logLevel: "error",
-      multiplanarShowRender: 1,
+      multiplanarShowRender: software ? 0 : 1,
       isRadiologicalConvention: true,
       showLegend: false,
     });
-    await view.attachToCanvas(canvas);
+    await view.attachToCanvas(canvas, !software);
     await view.loadFromArrayBuffer(nifti(voxels, spec, 4, 16), "ct.nii");
     const ct = view.volumes[0];
     [ct.cal_min, ct.cal_max] = spec.window;
@@ -144,7 +148,7 @@
       view.drawScene(); // in the same turn, for the browser clears the canvas after it
       return canvas.toDataURL();
     });
-    return "Click to move the cross, scroll through slices, drag with the right button for window and level.";
+    return "Click to move the cross, scroll through slices, drag with the right button for window and level; V: views.";
   }
 
   async function show(message) {
