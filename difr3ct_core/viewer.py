@@ -27,6 +27,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from .ct_grid import apply_to_axes, axis_weights
-from .files import InputError
 from .figures.style import CT, PLANES, plane_of
-from .interactive import Interactive
+from .files import InputError
 
 #: Voxels in a page: 96³ cost about 1.2 MB. From 2,000,000 on itk-vtk-viewer starts a worker, which file:// forbids.
 MAX_VOXELS = 96**3
@@ -73,6 +73,16 @@ style="display:block;max-width:100%;height:auto;background:#000">
 </figure>"""
 
 
+@dataclass(frozen=True)
+class VolumeFigure:
+    """The static figure: HTML that a notebook shows as it is."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
 def show_volume(
     volume: np.ndarray | torch.Tensor,
     spacing: float | Sequence[float],
@@ -98,8 +108,7 @@ def show_volume(
         max_voxels: a larger volume is averaged over coarser voxels before it is embedded or sent.
 
     Returns:
-        an object that a notebook cell shows: a widget, or HTML in an
-        :class:`~difr3ct_core.interactive.Interactive`.
+        an object that a notebook cell shows: a widget, or a :class:`VolumeFigure`.
 
     Raises:
         InputError: shapes, spacing, window or organs that do not fit, or values that are not finite.
@@ -114,7 +123,7 @@ def show_volume(
     voxels = np.rint(values).clip(-32768, 32767).astype("<i2")
     if (widget := _live(voxels, numbers, spacing_mm, names, window, title)) is not None:
         return widget
-    return Interactive(_figure(voxels, numbers, spacing_mm, names, window, title, alt))
+    return VolumeFigure(_figure(voxels, numbers, spacing_mm, names, window, title, alt))
 
 
 def _check_volume(
@@ -317,6 +326,10 @@ def poster(
     return stream.getvalue()
 
 
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
 def _figure(
     voxels: np.ndarray,
     numbers: np.ndarray | None,
@@ -329,7 +342,7 @@ def _figure(
     """The figure of the static book as HTML."""
     size = " × ".join(str(n) for n in voxels.shape[::-1])
     if not alt:
-        tinted = f"; in colour: {', '.join(names)}" if names else ""
+        tinted = f"; in colour: {_words(', '.join(names))}" if names else ""
         alt = f"{title}: coronal, axial and sagittal slice through the middle{tinted}."
     picture = poster(voxels, numbers, spacing, window)
     width, height = Image.open(io.BytesIO(picture)).size
@@ -344,7 +357,7 @@ def _figure(
         "colours": label_colours(names) if names else None,
     }
     chips = "".join(
-        f'<li><span style="background:rgb{colour}"></span>{html.escape(name)}</li>'
+        f'<li><span style="background:rgb{colour}"></span>{html.escape(name.replace("_", " "))}</li>'
         for name, colour in zip(names, PALETTE, strict=False)
     )
     digest = hashlib.sha256(raw + title.encode()).hexdigest()[:10]

@@ -1,4 +1,4 @@
-"""show_volume: what is embedded is the volume, organs and picture agree, and no widget is touched outside JupyterLab."""
+"""show_volume: voxels, organs and picture agree, and no widget is touched outside JupyterLab."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from PIL import Image
 
 from difr3ct_core import viewer
 from difr3ct_core.files import InputError
-from difr3ct_core.interactive import Interactive
-from difr3ct_core.viewer import MAX_VOXELS, PALETTE, poster, show_volume
+from difr3ct_core.viewer import MAX_VOXELS, PALETTE, VolumeFigure, poster, show_volume
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +53,7 @@ def embedded(html: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
 def test_the_page_holds_the_volume_and_its_organs() -> None:
     hu, labels = chest()
     figure = show_volume(torch.from_numpy(hu), (5, 4, 3), labels, organs={"lung": 3, "bone": (7, 8)}, title="A <b>")
-    assert isinstance(figure, Interactive)
+    assert isinstance(figure, VolumeFigure)
     spec, voxels, organs = embedded(figure.html)
     np.testing.assert_array_equal(voxels, hu)
     np.testing.assert_array_equal(organs, labels // 7)  # the absent lung takes no number and no colour
@@ -189,7 +188,7 @@ def test_under_papermill_no_widget_is_imported_and_no_network_asked(
     monkeypatch.setattr(viewer, "_installed", lambda package: True)
     monkeypatch.setattr(viewer.socket, "create_connection", lambda *a, **k: pytest.fail("asked the network"))
     imports = _Imports(monkeypatch)
-    assert isinstance(show_volume(*chest()[:1], 1), Interactive)
+    assert isinstance(show_volume(*chest()[:1], 1), VolumeFigure)
     assert not calls and not {"itkwidgets", "ipyniivue"} & set(imports.seen)
 
 
@@ -237,7 +236,7 @@ def test_live_without_any_widget_the_picture_is_shown(monkeypatch: pytest.Monkey
     monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
     monkeypatch.delenv("BOOK_STATIC", raising=False)
     monkeypatch.setattr(viewer, "_installed", lambda package: False)
-    assert isinstance(show_volume(chest()[0], 1), Interactive)
+    assert isinstance(show_volume(chest()[0], 1), VolumeFigure)
 
 
 def test_the_probe_says_no_when_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@
   const SCRIPTS = { itk: "vendor/itkVtkViewer.js", niivue: "vendor/niivue.umd.js" };
   const ENGINES = { itk: showItk, niivue: showNiivue };
   const LABEL_COLOURS = "glasbey_light"; // the table whose first colours viewer.py knows as PALETTE
+  // Of the window: air and lung clear, soft tissue a veil, bone dense.
+  const OPACITY = [[0, 0], [0.5, 0], [0.66, 0.06], [0.72, 0.12], [0.85, 0.6], [1, 0.9]];
   const engine = location.hash.slice(1);
   const box = document.getElementById("view");
   const tell = (message) => parent.postMessage(message, "*");
@@ -85,7 +87,14 @@
     });
     viewer.setUICollapsed(small);
     window.viewer = viewer;
+    viewer.setImageColorMap("Grayscale", 0, "CT");
     viewer.setImageColorRange(spec.window, 0, "CT");
+    viewer.setImagePiecewiseFunctionPoints(OPACITY, 0, "CT");
+    if (organs) {
+      viewer.setLabelImageLookupTable(LABEL_COLOURS, "CT");
+      viewer.setLabelImageBlend(0.4, "CT");
+      viewer.setLabelImageLabelNames(new Map(["none", ...spec.organs].map((name, k) => [k, name])), "CT");
+    }
     if (software) viewer.setViewMode("YPlane");
     box.removeAttribute("style");
     await waitForPicture(() => viewer.captureImage());

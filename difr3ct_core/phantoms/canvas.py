@@ -54,8 +54,9 @@ def smooth_min(a: Array, b: Array, k: float) -> Array:
     return np.minimum(a, b) - h * h * (0.25 / k)
 
 
-def ellipsoid(x: Array, y: Array, z: Array, centre: Sequence[float], axes: Sequence[float],
-              rotation: Array | None = None) -> Array:
+def ellipsoid(
+    x: Array, y: Array, z: Array, centre: Sequence[float], axes: Sequence[float], rotation: Array | None = None
+) -> Array:
     """Signed distance (first order) to an ellipsoid; ``rotation`` has the axes' directions as rows."""
     x, y, z = x - np.float32(centre[0]), y - np.float32(centre[1]), z - np.float32(centre[2])
     if rotation is not None:
@@ -148,8 +149,16 @@ class Canvas:
         air_hu: initial value.
     """
 
-    def __init__(self, size: int, fov_mm: float, scale: Sequence[float], rotation: Array, shift_mm: Sequence[float],
-                 warp: Array | None, air_hu: float = -1000.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        fov_mm: float,
+        scale: Sequence[float],
+        rotation: Array,
+        shift_mm: Sequence[float],
+        warp: Array | None,
+        air_hu: float = -1000.0,
+    ) -> None:
         self.size, self.fov = size, fov_mm
         self.voxel = fov_mm / size
         # Membership changes from 1 to 0 over one voxel, measured in canonical mm.
@@ -178,8 +187,10 @@ class Canvas:
         half = (high - low) / 2 @ np.abs(self.forward).T + self.margin
         first = np.clip(np.floor((centre - half + self.fov / 2) / self.voxel), 0, self.size).astype(int)
         last = np.clip(np.ceil((centre + half + self.fov / 2) / self.voxel), 0, self.size).astype(int)
-        return [(slice(f[2], t[2]), slice(f[1], t[1]), slice(f[0], t[0]))
-                for f, t in zip(first.tolist(), last.tolist(), strict=True)]
+        return [
+            (slice(f[2], t[2]), slice(f[1], t[1]), slice(f[0], t[0]))
+            for f, t in zip(first.tolist(), last.tolist(), strict=True)
+        ]
 
     def box(self, low: Sequence[float], high: Sequence[float]) -> Slices:
         """The part of the grid that holds one canonical box."""
@@ -205,8 +216,14 @@ class Canvas:
         if label:
             self.labels[part][share > 0.5] = label
 
-    def tubes(self, starts: Float[Array, "n 3"], ends: Float[Array, "n 3"], radii0: Float[Array, " n"],
-              radii1: Float[Array, " n"], out: Array) -> Array:
+    def tubes(
+        self,
+        starts: Float[Array, "n 3"],
+        ends: Float[Array, "n 3"],
+        radii0: Float[Array, " n"],
+        radii1: Float[Array, " n"],
+        out: Array,
+    ) -> Array:
         """Union of capsules, written into the membership ``out`` (whole grid) by maximum.
 
         The mass of a tube, which is what an x-ray sees, is kept on every grid: an edge that falls from 1 to 0
@@ -218,8 +235,15 @@ class Canvas:
         parts = self.boxes(np.minimum(starts, ends) - reach, np.maximum(starts, ends) + reach)
         along = (ends - starts).astype(np.float32)
         norms = np.maximum((along**2).sum(1), 1e-6)
-        for part, a, d, n2, r0, r1 in zip(parts, starts.astype(np.float32), along, norms, radii0.astype(np.float32),
-                                          radii1.astype(np.float32), strict=True):
+        for part, a, d, n2, r0, r1 in zip(
+            parts,
+            starts.astype(np.float32),
+            along,
+            norms,
+            radii0.astype(np.float32),
+            radii1.astype(np.float32),
+            strict=True,
+        ):
             if any(s.stop <= s.start for s in part):
                 continue
             x, y, z = self.x[part] - a[0], self.y[part] - a[1], self.z[part] - a[2]
