@@ -99,9 +99,8 @@ def pixels(png: bytes) -> np.ndarray:
 def liveliness(picture: np.ndarray) -> tuple[float, int]:
     """Share of the central half that is not of its commonest colour, and the number of its colours."""
     rows, columns = picture.shape[:2]
-    centre = (
-        picture[rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4].reshape(-1, 3).astype(np.int64)
-    )
+    centre = picture[rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4]
+    centre = centre.reshape(-1, 3).astype(np.int64)
     _, counts = np.unique(centre @ np.array([65536, 256, 1]), return_counts=True)
     return 1 - counts.max() / counts.sum(), len(counts)
 

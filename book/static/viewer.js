@@ -46,7 +46,8 @@
   }
 
   async function waitForPicture(capture) {
-    for (let attempt = 0; attempt < 40; attempt += 1) {
+    const began = performance.now();
+    for (let attempt = 0; attempt < 8 || performance.now() < began + 15000; attempt += 1) {
       if ((await coloursIn(await capture())) > 8) return;
       await pause(250);
     }
