@@ -87,7 +87,11 @@ class Watch:
 
         page.on("request", on_request)
         page.on("response", on_response)
-        page.on("requestfailed", lambda request: self.failed.append(f"{request.failure} {request.url}"))
+        # A blob is the page's own memory; a viewer that ends a worker breaks off reading it.
+        page.on(
+            "requestfailed",
+            lambda request: request.url.startswith("blob:") or self.failed.append(f"{request.failure} {request.url}"),
+        )
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
 

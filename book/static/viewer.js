@@ -6,7 +6,7 @@
   const ENGINES = { itk: showItk, niivue: showNiivue };
   const LABEL_COLOURS = "glasbey_light"; // the table whose first colours viewer.py knows as PALETTE
   // Of the window: air and lung clear, soft tissue a veil, bone dense.
-  const OPACITY = [[0, 0], [0.5, 0], [0.66, 0.06], [0.72, 0.12], [0.85, 0.6], [1, 0.9]];
+  const OPACITY = [[0.5, 0], [0.66, 0.06], [0.72, 0.12], [0.85, 0.6], [0.99, 0.9]];
   const engine = location.hash.slice(1);
   const box = document.getElementById("view");
   const tell = (message) => parent.postMessage(message, "*");
@@ -88,17 +88,24 @@
     });
     viewer.setUICollapsed(small);
     window.viewer = viewer;
-    viewer.setImageColorMap("Grayscale", 0, "CT");
-    viewer.setImageColorRange(spec.window, 0, "CT");
-    viewer.setImagePiecewiseFunctionPoints(OPACITY, 0, "CT");
-    if (organs) {
+    // Ranges and organs are known to the viewer some time after it was made: what is said too early is said again.
+    const [low, high] = voxels.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
+    const [black, white] = spec.window;
+    const share = (f) => Math.min(1, Math.max(0, (black + f * (white - black) - low) / (high - low || 1)));
+    const dress = () => {
+      viewer.setImageColorMap("Grayscale", 0, "CT");
+      viewer.setImageColorRange(spec.window, 0, "CT");
+      viewer.setImagePiecewiseFunctionPoints([[0, 0], ...OPACITY.map(([f, a]) => [share(f), a]), [1, 0.9]], 0, "CT");
+      if (!organs) return;
       viewer.setLabelImageLookupTable(LABEL_COLOURS, "CT");
       viewer.setLabelImageBlend(0.4, "CT");
       viewer.setLabelImageLabelNames(new Map(["none", ...spec.organs].map((name, k) => [k, name])), "CT");
-    }
+    };
+    dress();
     if (software) viewer.setViewMode("YPlane");
     box.removeAttribute("style");
     await waitForPicture(() => viewer.captureImage());
+    dress();
     return software
       ? "No graphics card: it starts with slices. The cube in the menu renders the volume, slowly."
       : "Drag to turn, scroll to zoom; the menu has slices, window and organs.";
