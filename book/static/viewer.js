@@ -180,7 +180,10 @@
 
   window.addEventListener("message", (event) => {
     if (event.source !== parent || !event.data || event.data.kind !== "volume") return;
-    show(event.data).catch((error) => tell({ kind: "failed", why: error.message || String(error) }));
+    const pulse = setInterval(() => tell({ kind: "alive" }), 5000);
+    show(event.data)
+      .catch((error) => tell({ kind: "failed", why: error.message || String(error) }))
+      .finally(() => clearInterval(pulse));
   });
   if (engine in ENGINES) tell({ kind: "hello" });
 })();

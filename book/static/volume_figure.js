@@ -3,7 +3,7 @@
 // something. Until then, and whenever it fails, the picture stays.
 (function () {
   "use strict";
-  const PATIENCE_MS = 120000; // software rendering on a busy laptop takes long to its first frame
+  const PATIENCE_MS = 120000; // without a sign of life; drawing by processor on a busy laptop takes long
   const NAMES = { itk: "3D viewer", niivue: "light viewer" };
 
   // The voxels: base64 of gzip of int16 HU and, if there are organs, one byte per voxel for them.
@@ -36,6 +36,11 @@
       frame = null;
     }
 
+    function wait() {
+      clearTimeout(timer);
+      timer = setTimeout(() => fail("no answer"), PATIENCE_MS);
+    }
+
     function fail(why) {
       const engine = frame.dataset.engine;
       close();
@@ -51,13 +56,14 @@
       frame.allow = "fullscreen";
       frame.src = new URL(`_static/viewer.html#${engine}`, root);
       stage.append(frame);
-      timer = setTimeout(() => fail("no answer"), PATIENCE_MS);
+      wait();
       say("loading", note || `Loading the ${NAMES[engine]}; nothing leaves your computer.`);
     }
 
     async function onMessage(event) {
       if (!frame || event.source !== frame.contentWindow || !event.data) return;
       const target = frame;
+      if (figure.dataset.state === "loading") wait();
       if (event.data.kind === "hello") {
         try {
           const buffer = await unpack(figure.querySelector(".volume-data").textContent);
