@@ -26,8 +26,10 @@ ASSETS = {
     "mathjax/es5/tex-svg-full.js": "vendor/tex-svg-full.js",
     "requirejs/require.js": "vendor/require.js",
     "@jupyter-widgets/html-manager/dist/embed-amd.js": "vendor/embed-amd.js",
+    "itk-vtk-viewer/dist/itkVtkViewer.js": "vendor/itkVtkViewer.js",
+    "@niivue/niivue/dist/niivue.umd.js": "vendor/niivue.umd.js",
 }
-WITHOUT_ASSETS = "the scripts of the pages (npm had no network): formulas show as TeX, widgets do not show"
+WITHOUT_ASSETS = "the scripts of the pages (npm had no network): formulas show as TeX, widgets and 3D viewers fail"
 #: Text files of the book, relative to the root, besides the notebooks.
 TEXT = ("_config.yml", "book/_toc.yml", "book/*.md", "book/*.bib", "book/static/**/*")
 

@@ -4,7 +4,7 @@
 the shapes that organs share, and ``trunk``, ``chest`` and ``skeleton`` the organs in the order in which they are drawn.
 """
 
-from .anatomy import LABELS
+from .anatomy import LABELS, ORGANS
 from .cohort import COHORTS, DISTRIBUTION, Phantom, Spread, make_phantom
 
-__all__ = ["COHORTS", "DISTRIBUTION", "LABELS", "Phantom", "Spread", "make_phantom"]
+__all__ = ["COHORTS", "DISTRIBUTION", "LABELS", "ORGANS", "Phantom", "Spread", "make_phantom"]

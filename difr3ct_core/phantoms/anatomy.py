@@ -20,6 +20,12 @@ _NAMES = (
 )
 #: Organ names and their numbers in a label map.
 LABELS: dict[str, int] = {name: number for number, name in enumerate(_NAMES)}
+#: The organs that pictures show in colour → their numbers, under the names of ``ct.TOTALSEGMENTATOR``.
+ORGANS: dict[str, tuple[int, ...]] = {
+    "lungs": (LABELS["lung_left"], LABELS["lung_right"]),
+    "spinal_cord": (LABELS["spinal_canal"],),
+    **{name: (LABELS[name],) for name in ("vertebrae", "heart", "aorta", "ribs", "sternum", "liver", "scapulae")},
+}
 
 T1_Z, VERTEBRA = 118.0, 22.5
 

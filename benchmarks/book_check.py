@@ -1,0 +1,131 @@
+"""Open every page of the built book in a browser, and write ``benchmarks/results/book.json``.
+
+    python benchmarks/book_check.py [--html build/html] [--out benchmarks/results/book.json] [--engines itk,niivue]
+
+Each page is opened from http and as a file: nothing may fail and nothing may leave the machine. Every slider must
+change its picture, and every volume is shown in each of its 3D viewers and looked at. The exit code is 1 when
+anything is amiss; the figures are written all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from _browser import MOVED_SHARE as MOVED
+from _browser import Watch, browser, chromium, drag, is_lively, moved_share, picture_of, served, start_viewer
+from _results import update_results
+
+from difr3ct_core.files import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pages_of(html: Path) -> list[str]:
+    """Addresses of the book's pages, relative to its folder.
+
+    Raises:
+        InputError: there is no book.
+    """
+    found = sorted(path.relative_to(html) for path in html.rglob("*.html"))
+    pages = [path.as_posix() for path in found if path.parts[0] != "_static"]
+    if "index.html" not in pages:
+        raise InputError(f"{html}: holds no index.html, expected a built book; run `make book` first.")
+    return pages
+
+
+def check_sliders(page: Any) -> tuple[int, list[str]]:
+    """Move every slider by its keys; returns how many there are, and what is wrong."""
+    amiss, sliders = [], page.locator("figure.frame-slider")
+    for number in range(sliders.count()):
+        slider = sliders.nth(number)
+        image, knob = slider.locator("img"), slider.locator("input[type=range]")
+        before = image.get_attribute("src")
+        knob.press("Home" if knob.input_value() != knob.get_attribute("min") else "End")
+        if image.get_attribute("src") == before:
+            amiss.append(f"slider {number} does not move its picture")
+    return sliders.count(), amiss
+
+
+def check_viewers(page: Any, engines: list[str]) -> tuple[int, list[str]]:
+    """Show every volume in every engine; returns how many were right, and what is wrong."""
+    right, amiss, figures = 0, [], page.locator("figure.volume-figure")
+    for number in range(figures.count()):
+        figure = figures.nth(number)
+        if not figure.locator("img").evaluate("image => image.complete && image.naturalWidth > 100"):
+            amiss.append(f"volume {number} has no picture")
+        for engine in engines:
+            state = start_viewer(page, figure, engine)
+            frame = figure.locator("iframe")
+            if state != "ready" or frame.get_attribute("data-engine") != engine:
+                amiss.append(f"volume {number}: {engine} says {figure.locator('.volume-status').inner_text()!r}")
+                continue
+            before = picture_of(page, frame)
+            drag(page, frame)
+            if not is_lively(before):
+                amiss.append(f"volume {number}: {engine} draws nothing")
+            elif moved_share(before, picture_of(page, frame)) < MOVED:
+                amiss.append(f"volume {number}: {engine} does not answer a drag")
+            else:
+                right += 1
+            figure.locator("button[data-engine='']").click()
+    return right, amiss
+
+
+def check_book(html: Path, engines: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Counts over all pages from http and as files, and what is amiss, in words."""
+    pages, amiss = pages_of(html), []
+    counts = {"pages": len(pages), "external_requests": 0, "failed_requests": 0}
+    counts |= {"script_errors": 0, "viewers_checked": 0, "sliders_checked": 0}
+    with served(html) as address, browser() as running:
+        for base in (address, html.resolve().as_uri() + "/"):
+            for name in pages:
+                watch, page = Watch(), running.new_page(viewport={"width": 1000, "height": 800})
+                watch.attach(page, base)
+                page.goto(base + name, wait_until="load", timeout=240_000)
+                moved, wrong = check_sliders(page)
+                shown, faults = check_viewers(page, engines)
+                page.close()
+                counts["sliders_checked"] += moved
+                counts["viewers_checked"] += shown
+                for key, told in (
+                    ("external_requests", watch.external),
+                    ("failed_requests", watch.failed),
+                    ("script_errors", watch.errors),
+                ):
+                    counts[key] += len(told)
+                    wrong += [f"{key}: {what[:200]}" for what in told]
+                amiss += [f"{base.split(':')[0]} {name}: {what}" for what in [*wrong, *faults]]
+                print(f"{base.split(':')[0]:5} {name}: {len(wrong) + len(faults)} amiss", flush=True)
+    return counts, amiss
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--html", type=Path, default=ROOT / "build" / "html")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "book.json")
+    parser.add_argument("--engines", default="itk,niivue", help="3D viewers to try, with commas; empty for none")
+    options = parser.parse_args(arguments)
+    try:
+        if chromium() is None:
+            raise InputError("chromium: not found, expected Debian's browser; `apt-get install chromium`.")
+        counts, amiss = check_book(options.html, [name for name in options.engines.split(",") if name])
+        largest = max((options.html / name).stat().st_size for name in pages_of(options.html))
+        figures: dict[str, dict[str, Any]] = {key: {"value": n, "unit": "1"} for key, n in counts.items()}
+        figures["page_mb_max"] = {"value": round(largest / 1e6, 2), "unit": "MB"}
+        update_results(options.out, figures, command="make book && python benchmarks/book_check.py")
+    except InputError as error:
+        print(f"book_check: {error}", file=sys.stderr)
+        return 2
+    for key, figure in figures.items():
+        print(f"{key:18} {figure['value']:8} {figure['unit']}")
+    for what in amiss:
+        print(what)
+    return 1 if amiss else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
