@@ -40,8 +40,8 @@ COARSEST = 4
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """Groups of four channels or more; of one channel, a group would swallow what a bias or a repeated x-ray says."""
-    return nn.GroupNorm(math.gcd(8, max(channels // 4, 1)), channels)
+    """Groups of four channels or more: a group of one would swallow the bias of the convolution before it."""
+    return nn.GroupNorm(max(math.gcd(32, channels) // 4, 1), channels)
 
 
 def to_patient(x: Float[Tensor, "*any v d u"], view: View) -> Float[Tensor, "*any z y x"]:
@@ -217,7 +217,8 @@ class X2CTGAN(Baseline):
                     f" pixels and {preset.volume.fov_mm:g} mm on both edges, one pixel per voxel."
                 )
         self.branches = nn.ModuleList(ViewBranch(s) for _ in self.views)
-        self.fused = Decoder3d(s.decoder_widths, s.decoder_widths) if len(self.views) > 1 else None
+        # The mean at the coarsest scale is where the third decoder begins; it has no skip there.
+        self.fused = Decoder3d(s.decoder_widths, (*s.decoder_widths[:-1], 0)) if len(self.views) > 1 else None
         self.head = Conv3d(s.decoder_widths[0], 1)
 
     def forward(self, xrays: Float[Tensor, "b n v u"]) -> Float[Tensor, "b 1 z y x"]:
@@ -231,7 +232,7 @@ class X2CTGAN(Baseline):
         if self.fused is None:
             return self.head(found[0][0])
         mean = [sum(scale) / len(scale) for scale in zip(*found, strict=True)]  # connection C
-        return self.head(self.fused(mean[-1], mean)[0])
+        return self.head(self.fused(mean[-1], [*mean[:-1], mean[-1][:, :0]])[0])
 
     def critic(self) -> Critic:
         """The discriminator; see :meth:`Baseline.critic`."""
