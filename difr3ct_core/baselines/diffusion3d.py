@@ -57,9 +57,7 @@ class VoxelDiffusion(Baseline):
         return diffusion_loss(self.unet, self.schedule, truth, condition, dropout, generator, part, batch), {}
 
     @torch.inference_mode()
-    def samples(
-        self, xrays: Float[Tensor, "b n v u"], n_samples: int, seed: int = 0
-    ) -> Float[Tensor, "b s z y x"]:
+    def samples(self, xrays: Float[Tensor, "b n v u"], n_samples: int, seed: int = 0) -> Float[Tensor, "b s z y x"]:
         """Posterior samples in [-1, 1] on the CPU, with the preset's solver; the same whatever the batch is."""
         p, size = self.preset.sampling, self.settings.sample_batch
         condition = torch.cat([self.condition(images[None].to(self.device)) for images in xrays])

@@ -129,7 +129,7 @@ class Rays:
 def rays_in_cube(views: Sequence[View], fov_mm: float) -> Rays:
     """The rays of all pixels of all views, in the order of an image stack (view, v, u)."""
     origins, directions = zip(*(pixel_rays(view) for view in views), strict=True)
-    origin, direction = torch.cat([o.reshape(-1, 3) for o in origins]), torch.cat([d.reshape(-1, 3) for d in directions])
+    origin, direction = (torch.cat([part.reshape(-1, 3) for part in parts]) for parts in (origins, directions))
     # Slabs (Kay & Kajiya 1986). A ray along a face would divide by zero; off by 1e-12 it is wholly in or out.
     slope = torch.where(direction.abs() < 1e-12, torch.full_like(direction, 1e-12), direction)
     first, second = (-fov_mm / 2 - origin) / slope, (fov_mm / 2 - origin) / slope

@@ -24,7 +24,7 @@ from ..files import InputError, read_safetensors, write_safetensors
 from ..geometry import View, views_from_json, views_to_json
 from ..presets import Preset
 from ..results import provenance
-from ..stages import _finished, _fingerprint_of_data, _numbers
+from ..stages import _fingerprint_of_data, _finished, _numbers
 from ..training import Opponent, fit
 from .presets import settings_from_dict
 
@@ -176,9 +176,7 @@ def train_network(
     return best  # type: ignore[return-value]
 
 
-def load_network(
-    network: type[B], path: str | Path, device: str | torch.device = "cpu"
-) -> tuple[B, dict[str, Any]]:
+def load_network(network: type[B], path: str | Path, device: str | torch.device = "cpu") -> tuple[B, dict[str, Any]]:
     """A finished baseline and the metadata of its file.
 
     Args:

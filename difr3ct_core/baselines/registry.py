@@ -125,8 +125,8 @@ def classical_volumes(
     volume, water = chapter.preset.volume, chapter.preset.xray.mu_water_per_mm
     bounds = tuple(float(ct.hu_to_mu(torch.tensor(hu), water)) for hu in (volume.hu_min, volume.hu_max))
     xrays = patients.xrays.to(chapter.device)
-    solve = CLASSICAL[name]
-    parts = [solve(part, patients.views, volume.shape, volume.spacing_mm, bounds, **arguments) for part in xrays.split(8)]
+    grid = (patients.views, volume.shape, volume.spacing_mm, bounds)
+    parts = [CLASSICAL[name](part, *grid, **arguments) for part in xrays.split(8)]
     return ct.hu_to_unit(ct.mu_to_hu(torch.cat(parts).cpu(), water), volume)[:, None]
 
 
@@ -190,7 +190,9 @@ def get_method(name: str, view_set: str) -> Method:
         raise InputError(f"views: found {view_set!r}, expected one of {', '.join(VIEW_SETS)}.")
     method = METHODS[name]
     if view_set not in method.view_sets:
-        raise InputError(f"views: {method.title} does not exist for {view_set}, only for {', '.join(method.view_sets)}.")
+        raise InputError(
+            f"views: found {view_set!r}, expected one of {', '.join(method.view_sets)} for {method.title}."
+        )
     return method
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ def expand(images: Float[Tensor, "b c v u"], view: View) -> Float[Tensor, "b c z
 
 
 class DenseEncoder(nn.Module):
-    """2D features per scale, from full resolution to 4²: dense blocks (Huang et al. 2017), halved by 4² convolutions."""
+    """2D features per scale, from full resolution to 4²: dense blocks (Huang et al. 2017), and strided convolutions."""
 
     def __init__(self, settings: X2CTGANPreset) -> None:
         super().__init__()
@@ -114,8 +115,7 @@ class Decoder3d(nn.Module):
 
         self.join = nn.ModuleList(joined(width, skip) for width, skip in zip(widths, skips, strict=True))
         self.grow = nn.ModuleList(
-            nn.ConvTranspose3d(coarse, fine, 4, stride=2, padding=1)
-            for fine, coarse in zip(widths[:-1], widths[1:], strict=True)
+            nn.ConvTranspose3d(coarse, fine, 4, stride=2, padding=1) for fine, coarse in pairwise(widths)
         )
 
     def forward(self, coarsest: Float[Tensor, "b c 4 4 4"], skips: Sequence[Tensor]) -> list[Tensor]:
