@@ -1,4 +1,4 @@
-"""3D Diffusion: the latent model's own parts on voxels; a condition in the right place, samples, a fit of one patient."""
+"""3D Diffusion: the latent model on voxels; a condition in the right place, samples, a fit of one patient."""
 
 from __future__ import annotations
 
