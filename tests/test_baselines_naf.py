@@ -93,7 +93,7 @@ def test_rays_agree_with_the_projector(mode):
     images = project(mu[None, None], views, volume.spacing_mm)[0, 0]
     rays = rays_in_cube(views, FOV)
     found = line_integrals(BLOB.sample, rays, torch.arange(images.numel()), torch.full((images.numel(), 64), 0.5))
-    torch.testing.assert_close(found.view_as(images), images, atol=0.02 * float(images.max()), rtol=0)
+    torch.testing.assert_close(found.view_as(images), images, atol=0.05 * float(images.max()), rtol=0)
 
 
 def test_rays_are_cut_to_the_cube():

@@ -56,7 +56,7 @@ def test_an_asymmetric_landmark_is_where_the_expanded_views_meet():
     assert peak.tolist() == [list(LANDMARK_VOXEL)]
 
 
-def test_a_network_that_copies_the_xrays_puts_them_in_place(monkeypatch):
+def test_a_network_that_copies_the_xrays_puts_them_in_place():
     """With branches that pass their x-ray on, connection C is the mean of the expanded x-rays."""
 
     class Copy(nn.Module):

@@ -113,7 +113,7 @@ BASELINES: dict[str, BaselinePresets] = {
         x2ctgan=X2CTGANPreset(
             _with_budget("tiny", 0.25, **_X2CTGAN),
             widths=(16, 32, 48, 64),
-            decoder_widths=(16, 24, 32, 48),
+            decoder_widths=(8, 16, 24, 32),
             growth=8,
             dense_layers=2,
             critic_channels=16,
