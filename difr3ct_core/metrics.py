@@ -4,20 +4,44 @@ A PSNR is meaningless without its peak, an SSIM without its data range and windo
 depends on the data. The two peaks in use are the width of the HU window (2500) and 4095, the "12-bit" peak of
 X2CT-GAN which the paper most likely follows; against a window of 2500 HU the second adds 20·log10(4095/2500) =
 4.29 dB. All functions are means over the whole volume, not over slices.
+
+:func:`score` is the row of a table, all of them for each patient; :func:`paired_test` compares two methods on the same
+patients.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
+from scipy import ndimage
+from scipy.stats import wilcoxon
 from torch import Tensor
 
 from .files import InputError
+from .presets import VolumePreset
+from .vqgan_losses import Perceptual, sharpness
 
 #: Peak of "12-bit" PSNR in HU, as in X2CT-GAN.
 PEAK_12_BIT = 4095.0
+#: Below this is gas or lung, in HU: half way between lung (-850) and soft tissue (40), rounded.
+LUNG_BELOW_HU = -400.0
+#: Above this is bone, in HU: over any soft tissue without contrast agent, below trabecular bone.
+BONE_ABOVE_HU = 200.0
+#: Name -> unit of what :func:`score` measures.
+SCORES = {
+    "psnr": "dB",
+    "psnr_4095": "dB",
+    "ssim": "of 1",
+    "mae_hu": "HU",
+    "dice_lungs": "of 1",
+    "dice_bone": "of 1",
+    "sharpness": "of the truth's",
+    "perceptual": "LPIPS",
+}
 
 
 def _check_shapes(estimate: Tensor, truth: Tensor) -> None:
@@ -108,3 +132,107 @@ def dice(a: Bool[Tensor, "*b z y x"], b: Bool[Tensor, "*b z y x"]) -> Float[Tens
     intersection = (a & b).flatten(-3).sum(-1).double()
     size = a.flatten(-3).sum(-1).double() + b.flatten(-3).sum(-1).double()
     return torch.where(size > 0, 2 * intersection / size.clamp_min(1), torch.ones_like(size))
+
+
+def lungs(hu: Float[Tensor, "b z y x"], below_hu: float = LUNG_BELOW_HU) -> Bool[Tensor, "b z y x"]:
+    """Lungs and airways by their HU: dark regions of an axial slice that do not reach its edge.
+
+    Slice by slice, because a volume cut at the neck or the abdomen opens the lungs at its end. A gap in the chest wall
+    loses the lung of that slice: what a threshold finds is itself a test of the wall.
+
+    Args:
+        hu: volumes.
+        below_hu: the threshold.
+    """
+    within_slices = np.zeros((3, 3, 3), dtype=bool)
+    within_slices[1] = ndimage.generate_binary_structure(2, 1)
+    found = []
+    for dark in (hu < below_hu).cpu().numpy():
+        regions, _ = ndimage.label(dark, within_slices)
+        edge = [regions[:, 0], regions[:, -1], regions[:, :, 0], regions[:, :, -1]]
+        outside = np.unique(np.concatenate([side.ravel() for side in edge]))
+        found.append(torch.from_numpy(dark & ~np.isin(regions, outside)))
+    return torch.stack(found)
+
+
+def bone(hu: Float[Tensor, "b z y x"], above_hu: float = BONE_ABOVE_HU) -> Bool[Tensor, "b z y x"]:
+    """Bone by its HU; with coarse voxels, what is left of it after averaging."""
+    return (hu > above_hu).cpu()
+
+
+@torch.no_grad()
+def perceptual_distance(
+    estimate: Float[Tensor, "b 1 z y x"], truth: Float[Tensor, "b 1 z y x"], judge: Perceptual
+) -> Float[Tensor, " b"]:
+    """LPIPS of the slices of a volume, mean over all slices along the three axes; intensities in [-1, 1]."""
+    _check_shapes(estimate, truth)
+    found = []
+    for one, other in zip(estimate.float(), truth.float(), strict=True):
+        stacks = [(one[0].movedim(axis, 0)[:, None], other[0].movedim(axis, 0)[:, None]) for axis in range(3)]
+        parts = [judge(a, b) * len(a) for s in stacks for a, b in zip(s[0].split(16), s[1].split(16), strict=True)]
+        found.append(torch.stack(parts).sum() / sum(truth.shape[-3:]))
+    return torch.stack(found).double().cpu()
+
+
+def score(
+    estimate: Float[Tensor, "b 1 z y x"],
+    truth: Float[Tensor, "b 1 z y x"],
+    volume: VolumePreset,
+    perceptual: Perceptual | None = None,
+) -> dict[str, Float[Tensor, " b"]]:
+    """Every metric of the project's tables, for each patient.
+
+    Args:
+        estimate, truth: volumes in [-1, 1] by the window of ``volume``.
+        volume: the window, whose width is the peak of ``psnr`` and the data range of ``ssim``.
+        perceptual: frozen VGG16; without it there is no ``perceptual``.
+
+    Returns:
+        name -> value per patient; names and units in :data:`SCORES`. ``sharpness`` is the gradient energy as a share
+        of the truth's: below 1 is blurred, above 1 noisy.
+
+    Raises:
+        InputError: shapes that differ, or an estimate that is not finite.
+    """
+    _check_shapes(estimate, truth)
+    if not torch.isfinite(estimate).all():
+        raise InputError("estimate: holds NaN or infinity, expected a finite volume in [-1, 1]; reconstruct again.")
+    window = volume.hu_max - volume.hu_min
+    hu, true_hu = ((x.double() + 1) * (window / 2) + volume.hu_min for x in (estimate, truth))
+    values = {
+        "psnr": psnr(hu, true_hu, window),
+        "psnr_4095": psnr(hu, true_hu, PEAK_12_BIT),
+        "ssim": ssim(hu, true_hu, window),
+        "mae_hu": mae(hu, true_hu),
+        "dice_lungs": dice(lungs(hu[:, 0]), lungs(true_hu[:, 0])),
+        "dice_bone": dice(bone(hu[:, 0]), bone(true_hu[:, 0])),
+        "sharpness": sharpness(hu, true_hu),
+    }
+    if perceptual is not None:
+        values["perceptual"] = perceptual_distance(estimate, truth, perceptual)
+    return values
+
+
+def paired_test(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Do two methods differ on the same patients? Wilcoxon's signed-rank test, two-sided, which needs no normality.
+
+    Args:
+        a, b: one value per patient, in the same order.
+
+    Returns:
+        ``difference``, the mean of a - b, and ``p``. Methods that agree on every patient give p = 1.
+
+    Raises:
+        InputError: not the same number of patients, fewer than two, or a value that is not finite.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
+        raise InputError(
+            f"b: found {second.shape} values against {first.shape}, expected one for each of the same two or more "
+            "patients."
+        )
+    difference = first - second
+    if not np.isfinite(difference).all():
+        raise InputError("a, b: hold NaN or infinity, expected finite values.")
+    p = 1.0 if not difference.any() else float(wilcoxon(difference).pvalue)
+    return {"difference": float(difference.mean()), "p": p}

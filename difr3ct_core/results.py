@@ -86,7 +86,7 @@ def run_id(folder: str | Path) -> str:
 def provenance(
     preset: str, seed: int, device: torch.device | str = "cpu", wall_s: float | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Who made a number: commit, versions, device, seed, wall time, peak memory, moment.
+    """Who made a number: commit, versions, device, seed, wall time, peak memory (of a GPU too), moment.
 
     Args:
         preset: name of the preset.
@@ -95,6 +95,7 @@ def provenance(
         wall_s: seconds it took; by default since this process began.
         more: anything else that a reviewer needs (data, views, command); JSON types.
     """
+    on_gpu = torch.device(device).type == "cuda"
     return {
         "commit": git_commit(),
         "preset": preset,
@@ -102,6 +103,7 @@ def provenance(
         "device": device_name(device),
         "wall_s": round(time.monotonic() - _START if wall_s is None else wall_s, 2),
         "peak_memory_gb": round(peak_memory_gb(), 3),
+        **({"peak_gpu_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3)} if on_gpu else {}),
         "versions": {
             "difr3ct_core": metadata.version("difr3ct-core"),
             "python": platform.python_version(),

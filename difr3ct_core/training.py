@@ -56,10 +56,15 @@ class TrainingError(RuntimeError):
 
 
 def learning_rate(settings: TrainPreset, step: int) -> float:
-    """Rate at a step: linear warm-up, then constant or a half cosine to zero."""
+    """Rate at a step: linear warm-up, then constant, a half cosine to zero, or what a baseline's paper used:
+    constant and then linear to zero ("late_linear"), or a tenth from halfway on ("late_tenth")."""
     rate = settings.lr * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
     if settings.lr_decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    elif settings.lr_decay == "late_linear":
+        rate *= min(1.0, 2 - 2 * step / settings.steps)
+    elif settings.lr_decay == "late_tenth":
+        rate *= 0.1 if 2 * step >= settings.steps else 1.0
     return rate
 
 

@@ -42,13 +42,14 @@ class PatchDiscriminator(nn.Module):
         dimensions: 2 for axial slices, 3 for volumes.
         channels: of the first layer; they double per stride, up to eightfold.
         strides: layers of stride 2; two more of stride 1 follow.
+        channels_in: more than 1 where the picture is judged together with what it was made from.
     """
 
-    def __init__(self, dimensions: int, channels: int, strides: int) -> None:
+    def __init__(self, dimensions: int, channels: int, strides: int, channels_in: int = 1) -> None:
         super().__init__()
         conv = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
         widths = [channels * min(2**i, 8) for i in range(strides + 1)]
-        layers = [nn.Sequential(conv(1, widths[0], 4, stride=2, padding=2), nn.LeakyReLU(0.2))]
+        layers = [nn.Sequential(conv(channels_in, widths[0], 4, stride=2, padding=2), nn.LeakyReLU(0.2))]
         for i in range(1, strides + 1):
             stride = 1 if i == strides else 2
             layers.append(
@@ -61,7 +62,7 @@ class PatchDiscriminator(nn.Module):
         layers.append(nn.Sequential(conv(widths[-1], 1, 4, padding=2)))
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Float[Tensor, "b 1 ..."]) -> list[Tensor]:
+    def forward(self, x: Float[Tensor, "b c ..."]) -> list[Tensor]:
         """Activations of every layer; the last one holds a score per patch, high for real."""
         found = []
         for layer in self.layers:

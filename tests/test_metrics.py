@@ -10,7 +10,22 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from difr3ct_core.files import InputError
-from difr3ct_core.metrics import PEAK_12_BIT, dice, mae, mse, psnr, ssim, to_12_bit
+from difr3ct_core.metrics import (
+    PEAK_12_BIT,
+    SCORES,
+    bone,
+    dice,
+    lungs,
+    mae,
+    mse,
+    paired_test,
+    perceptual_distance,
+    psnr,
+    score,
+    ssim,
+    to_12_bit,
+)
+from difr3ct_core.presets import VolumePreset
 
 
 def volumes(seed: int, shape=(2, 1, 13, 15, 18)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,3 +144,91 @@ def test_dice():
     a[2, 1, 1, 1] = True  # nothing shared
     assert dice(a, b).tolist() == pytest.approx([2 * 2 / 7, 1.0, 0.0, 1.0])  # the last: both empty
     assert dice(b, a).tolist() == dice(a, b).tolist()
+
+
+def chest(wall: int = 2) -> torch.Tensor:
+    """(z, y, x) in HU: a body of soft tissue with two lungs that reach the first slice, a spine, air around."""
+    hu = torch.full((12, 20, 24), -1000.0)
+    hu[:, 3:17, 2:22] = 40.0
+    hu[:9, 3 + wall : 13, 5:10] = -850.0
+    hu[:9, 3 + wall : 13, 14:19] = -850.0
+    hu[:, 13:16, 11:13] = 600.0
+    return hu
+
+
+def test_lungs_are_the_dark_regions_inside_each_slice():
+    hu = chest()
+    found = lungs(torch.stack([hu, hu.flip(2)]))
+    expected = hu == -850
+    assert torch.equal(found[0], expected) and torch.equal(found[1], expected.flip(2))
+    leaking = hu.clone()
+    leaking[4, :8, 7] = -1000.0  # a gap in the chest wall of one slice, on one side
+    lost = lungs(leaking[None])[0]
+    assert not lost[4, :, 5:10].any() and lost[4, :, 14:19].any()
+    assert torch.equal(lost[[0, 1, 2, 3, 5, 6, 7, 8]], expected[[0, 1, 2, 3, 5, 6, 7, 8]])
+    assert not lungs(torch.full((1, 4, 5, 6), -1000.0)).any() and not lungs(torch.zeros(1, 4, 5, 6)).any()
+
+
+def test_bone_is_above_its_threshold():
+    hu = chest()
+    assert torch.equal(bone(hu[None])[0], hu == 600)
+    assert not bone(torch.full((1, 2, 3, 4), 200.0)).any()
+
+
+def test_score_is_a_row_of_every_metric():
+    volume = VolumePreset(size=12)
+    truth_hu = torch.stack([chest(), chest(3)])[:, None]
+    shift = torch.tensor([50.0, -20.0]).view(2, 1, 1, 1, 1)
+    to_unit = lambda hu: (hu + 1000) / 1250 - 1  # noqa: E731
+    row = score(to_unit(truth_hu + shift), to_unit(truth_hu), volume)
+    assert set(row) == set(SCORES) - {"perceptual"}
+    assert row["mae_hu"].tolist() == pytest.approx([50.0, 20.0], rel=1e-4)
+    assert row["psnr"].tolist() == pytest.approx([20 * math.log10(2500 / 50), 20 * math.log10(2500 / 20)], abs=1e-3)
+    assert (row["psnr_4095"] - row["psnr"]).tolist() == pytest.approx([to_12_bit(0.0, 2500)] * 2, abs=1e-9)
+    # A constant shift moves no edge and no threshold crossing of this chest.
+    for name in ("sharpness", "dice_lungs", "dice_bone"):
+        assert row[name].tolist() == pytest.approx([1.0, 1.0], abs=1e-4)
+    half = (truth_hu + 1000) / 2 - 1000  # half the contrast: a quarter of the gradient's energy, no bone left
+    blurred = score(to_unit(half), to_unit(truth_hu), volume)
+    assert blurred["sharpness"].tolist() == pytest.approx([0.25, 0.25], abs=1e-3)
+    assert blurred["dice_bone"].tolist() == [0.0, 0.0]
+
+
+def test_score_refuses_what_is_no_volume():
+    truth = torch.zeros(1, 1, 12, 12, 12)
+    broken = truth.clone()
+    broken[0, 0, 3, 4, 5] = math.nan
+    with pytest.raises(InputError, match="estimate: holds NaN"):
+        score(broken, truth, VolumePreset(size=12))
+    with pytest.raises(InputError, match="truth: found shape"):
+        score(truth[:, 0], truth, VolumePreset(size=12))
+
+
+def test_perceptual_distance_is_the_mean_over_all_slices():
+    """With a judge that gives the mean difference of a batch of pictures, every voxel counts the same on each axis."""
+
+    def judge(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert a.shape[1] == 1 and len(a) <= 16
+        return (a - b).mean()
+
+    truth = torch.zeros(2, 1, 18, 20, 33)
+    estimate = truth + torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1)
+    assert perceptual_distance(estimate, truth, judge).tolist() == pytest.approx([1.0, 3.0])
+
+
+def test_paired_test_sees_a_small_difference_that_all_patients_share():
+    generator = np.random.default_rng(0)
+    base = generator.normal(25, 4, 20)  # patients differ by far more than the methods do
+    better = base + 0.2 + 0.05 * generator.normal(size=20)
+    found = paired_test(better, base)
+    assert found["difference"] == pytest.approx(float((better - base).mean())) and found["p"] < 1e-4
+    assert paired_test(base, better)["p"] == pytest.approx(found["p"])
+    assert paired_test(base, base) == {"difference": 0.0, "p": 1.0}
+    # All six differences of one sign: of the 2^6 equally likely patterns of signs two are as extreme.
+    assert paired_test([1.1, 2.2, 3.3, 4.4, 5.5, 6.6], [0.0] * 6)["p"] == pytest.approx(2 / 64)
+
+
+@pytest.mark.parametrize("b", [[1.0], [1.0, 2.0], [1.0, math.nan, 2.0]])
+def test_paired_test_refuses(b):
+    with pytest.raises(InputError):
+        paired_test([1.0, 2.0, 4.0][: 1 if len(b) == 1 else 3], b)

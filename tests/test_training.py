@@ -263,6 +263,10 @@ def test_learning_rate():
     assert 0 < learning_rate(cosine, 99) < 1e-3
     warm = dataclasses.replace(constant, warmup_steps=10)
     assert [learning_rate(warm, step) for step in (0, 4, 9, 10)] == pytest.approx([0.05, 0.25, 0.5, 0.5])
+    late = dataclasses.replace(constant, lr_decay="late_linear")
+    assert [learning_rate(late, step) for step in (0, 50, 75, 99)] == pytest.approx([0.5, 0.5, 0.25, 0.01])
+    tenth = dataclasses.replace(constant, lr_decay="late_tenth")
+    assert [learning_rate(tenth, step) for step in (0, 49, 50, 99)] == pytest.approx([0.5, 0.5, 0.05, 0.05])
 
 
 class Ramp(nn.Module):
