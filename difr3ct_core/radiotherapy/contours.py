@@ -7,7 +7,9 @@ hold for adult chest CT on grids of 1 to 10 mm. A rule that finds nothing plausi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -16,9 +18,16 @@ from skimage.measure import label as components
 from skimage.morphology import convex_hull_image
 from skimage.segmentation import watershed
 
-from ..ct_io import CTVolume
+from ..ct_io import CTVolume, read_labels, write_nifti
 from ..files import InputError
-from .structures import NotPlannable, Structures
+from .structures import (
+    NAMES,
+    TOTALSEGMENTATOR,
+    NotPlannable,
+    Structures,
+    resample_structures,
+    structures_from_labels,
+)
 
 Mask = Bool[np.ndarray, "z y x"]
 
@@ -263,3 +272,59 @@ def _breast(masks: dict[str, Mask], cage: Mask, side: str, grid: _Grid) -> Mask:
             f"expected 20 or more, in a breast of {_BREAST_CM3[0]:g} to {_BREAST_CM3[1]:g} cm³"
         )
     return breast
+
+
+def contour_from_file(path: str | Path, ct: CTVolume, numbers: Mapping[str, tuple[int, ...]] = TOTALSEGMENTATOR) -> Structures:
+    """Contours from a mask file on the grid of ``ct``; what the file lacks is drawn by the rules.
+
+    Args:
+        path: a NIfTI label map (``numbers`` says what its labels mean), or an RTSTRUCT whose ROIs are named as in
+            :data:`.structures.NAMES`.
+        ct: on LPS axes.
+        numbers: structure → label numbers, for NIfTI.
+
+    Raises:
+        InputError: the file cannot be read, or does not overlap the CT.
+        NotPlannable: see :func:`contour_ct`.
+    """
+    if str(path).lower().endswith((".nii", ".nii.gz")):
+        given = resample_structures(structures_from_labels(read_labels(path), numbers), ct)
+        if not any(mask.any() for mask in given.masks.values()):
+            raise InputError(f"{path}: does not overlap {ct.name}, expected labels of the same scan; check the files.")
+    else:
+        from .dicom import read_rtstruct
+
+        given = read_rtstruct(path, ct, {name: name for name in NAMES})
+    return complete(given, ct)
+
+
+def contour_with_totalsegmentator(ct: CTVolume) -> Structures:
+    """Lungs, heart and spine by TotalSegmentator, body and breasts by the rules here.
+
+    Raises:
+        InputError: TotalSegmentator is not installed; this project does not install it (it downloads weights).
+    """
+    try:
+        from totalsegmentator.python_api import totalsegmentator
+    except ImportError as error:
+        raise InputError("contours: TotalSegmentator is not installed; install it, or use contour_ct.") from error
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "ct.nii.gz", Path(folder) / "labels.nii.gz"
+        write_nifti(source, ct.hu, ct.affine)
+        totalsegmentator(source, target, ml=True)
+        return contour_from_file(target, ct)
+
+
+def complete(given: Structures, ct: CTVolume) -> Structures:
+    """``given`` with the structures that it lacks drawn by :func:`contour_ct`; where both claim a voxel, ``given`` has it."""
+    given.require_grid(ct)
+    if all(name in given for name in NAMES):
+        return given
+    drawn = contour_ct(ct)
+    masks = {name: mask for name, mask in given.masks.items() if mask.any()}
+    taken = np.logical_or.reduce([mask for name, mask in masks.items() if name != "body"] or [np.zeros(ct.hu.shape, bool)])
+    for name, mask in drawn.masks.items():
+        if name not in masks:
+            masks[name] = mask if name == "body" else mask & ~taken
+    missing = {name: reason for name, reason in drawn.missing.items() if name not in masks}
+    return Structures(masks, ct.affine, given.source, missing)
