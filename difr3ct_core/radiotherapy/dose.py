@@ -115,8 +115,8 @@ def _beam(field: Field, isocentre: np.ndarray, beam: type, ray: type, shape: typ
         ray(
             ray_pos_bev=np.zeros(3), ray_pos=np.zeros(3), target_point=-source,
             target_point_bev=np.array([0.0, SAD_MM, 0.0]),
-            # Its engine reads a mask with v falling along its second axis (a test with a lop-sided field fixes this).
-            beamlets=[shape(energy=_ENERGY_MV, mask=fluence_mask(field, k), resolution=_MASK_MM)],
+            # Its engine reads masks with v falling along the first axis (the test with a lop-sided field fixes this).
+            beamlets=[shape(energy=_ENERGY_MV, mask=fluence_mask(field, k)[::-1], resolution=_MASK_MM)],
         )
         for k in range(len(field.apertures))
     ]  # fmt: skip
