@@ -33,7 +33,9 @@ DATA = Path(__file__).parents[1] / "data"
 
 def phantom(cohort: str, size: int = 64, seed: int = 1) -> tuple[CTVolume, Structures]:
     drawn = make_phantom(seed, size, cohort)
-    return CTVolume(drawn.hu, drawn.affine, cohort), structures_from_labels(LabelVolume(drawn.labels, drawn.affine), PHANTOM)
+    return CTVolume(drawn.hu, drawn.affine, cohort), structures_from_labels(
+        LabelVolume(drawn.labels, drawn.affine), PHANTOM
+    )
 
 
 def overlaps(a: Structures, b: Structures) -> dict[str, float]:
@@ -61,7 +63,9 @@ def test_after_mastectomy_the_lost_breast_is_reported() -> None:
         drawn[lost]
 
 
-@pytest.mark.skipif(not (DATA / "sample_ct" / "lidc_idri_0001").exists(), reason="data_scripts/fetch_sample_ct.py not run")
+@pytest.mark.skipif(
+    not (DATA / "sample_ct" / "lidc_idri_0001").exists(), reason="data_scripts/fetch_sample_ct.py not run"
+)
 @pytest.mark.filterwarnings("ignore::difr3ct_core.ct_io.CTWarning")
 @pytest.mark.slow
 def test_real_scan_agrees_with_totalsegmentator() -> None:

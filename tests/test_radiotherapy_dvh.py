@@ -36,7 +36,12 @@ def case(doses: dict[str, list[float]]) -> tuple[DoseGrid, Structures]:
 def test_scores_equal_those_counted_by_hand() -> None:
     # 90 % of 40 Gy is 36, 95 % is 38, 107 % is 42.8.
     dose, structures = case(
-        {"target": [35.9, 36.0, 38.0, 43.0], "lung_left": [0, 10, 20, 30], "lung_right": [0, 0, 0, 20.0], "heart": [1, 3]}
+        {
+            "target": [35.9, 36.0, 38.0, 43.0],
+            "lung_left": [0, 10, 20, 30],
+            "lung_right": [0, 0, 0, 20.0],
+            "heart": [1, 3],
+        }
     )
     got = score(dose, structures, "left", 40.0)
     assert got["v90"] == 75.0 and got["v95"] == 50.0 and got["v107"] == 25.0
@@ -60,7 +65,10 @@ def test_band_holds_the_curves_and_goals_are_shares() -> None:
     low, middle, high = dvh_band(curves, 0.9)
     assert np.allclose([low[0], middle[0], high[0]], [5, 50, 95])
     metrics = [{"v90": v} for v in (80.0, 90.0, 95.0, 99.0)]
-    assert goals_met(metrics, [Goal("v90", ">=", 90.0), Goal("v90", "<=", 85.0)]) == {"v90 >= 90": 0.75, "v90 <= 85": 0.25}
+    assert goals_met(metrics, [Goal("v90", ">=", 90.0), Goal("v90", "<=", 85.0)]) == {
+        "v90 >= 90": 0.75,
+        "v90 <= 85": 0.25,
+    }
 
 
 def test_mismatched_grids_and_nan_are_errors() -> None:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from radiotherapy_toys import toy_chest
 
 from difr3ct_core.ct_io import CTVolume
 from difr3ct_core.files import InputError
 from difr3ct_core.radiotherapy import NotPlannable, Structures, add_target, get_prescription, search_tangents
-from difr3ct_core.radiotherapy.plan import Field, Prescription, TangentPlan, fit_aperture, in_aperture, points_of, project
+from difr3ct_core.radiotherapy.plan import (
+    Field,
+    Prescription,
+    TangentPlan,
+    fit_aperture,
+    in_aperture,
+    points_of,
+    project,
+)
 from difr3ct_core.radiotherapy.structures import check_plannable
-from radiotherapy_toys import toy_chest
 
 
 def test_projection_magnifies_and_turns_as_the_gantry() -> None:
@@ -125,7 +133,7 @@ def test_plan_meets_the_prescription_on_the_toy_and_nothing_is_planned_in_air() 
     inside = dose.inside(target, "target")
     assert inside.mean() == pytest.approx(40.05, rel=1e-4)
     assert (inside > 0.9 * 40.05).mean() > 0.85
-    assert dose.inside(target, "lung_right").mean() < 2.0 < dose.inside(target, "lung_left").mean() < 20.0
+    assert 3 * dose.inside(target, "lung_right").mean() < dose.inside(target, "lung_left").mean() < 20.0
     assert np.allclose(calculate_dose(plan, ct, structures).gy, dose.gy, rtol=1e-4, atol=1e-4)
     assert np.allclose(plan.isocentre_mm, points_of(target, "target").mean(0))
     with pytest.raises(InputError, match="resample"):

@@ -51,7 +51,9 @@ def test_a_shift_is_invisible_to_the_papers_protocol_only(contours_by_hand: None
     assert errors["true"] == pytest.approx(case.errors("v20_lung")["true"] / 2, abs=1e-3)
 
 
-def test_what_cannot_be_planned_is_reported_not_planned(contours_by_hand: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_planned_is_reported_not_planned(
+    contours_by_hand: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ct, exact = toy_chest()
     without = Structures({k: v for k, v in exact.masks.items() if k != "heart"}, exact.affine, "toy")
     case = rt.study_case("toy", ct, without, ct, "left", START_B)

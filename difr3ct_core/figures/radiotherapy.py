@@ -48,7 +48,12 @@ def contours(result: Result) -> Figure:
     breast = a.get(f"mask_breast_{v['side']}", a["mask_heart"])
     z = _middle_of(breast, 0)
     low = _middle_of(a["mask_heart"], 0)
-    slices = (("axial", z), ("axial", low), ("coronal", _middle_of(a["mask_heart"], 1)), ("sagittal", _middle_of(breast, 2)))
+    slices = (
+        ("axial", z),
+        ("axial", low),
+        ("coronal", _middle_of(a["mask_heart"], 1)),
+        ("sagittal", _middle_of(breast, 2)),
+    )
     figure, axes = new_figure(11.5, 3.7, 1, 4)
     for ax, (plane, index) in zip(axes[0], slices, strict=True):
         show_slice(ax, a["hu"], plane, index, scale=_SOFT, marks=True)
@@ -59,10 +64,15 @@ def contours(result: Result) -> Figure:
         ax.set_title(plane, loc="left")
     shown = {"lungs": "lung_left", "heart": "heart", "breasts": f"breast_{v['side']}", "spine": "spine"}
     handles = [
-        Line2D([], [], color=STRUCTURES[name], label=f"{title}, Dice {v['dice'][name]:.2f}" if name in v["dice"] else title)
+        Line2D(
+            [], [], color=STRUCTURES[name], label=f"{title}, Dice {v['dice'][name]:.2f}" if name in v["dice"] else title
+        )
         for title, name in shown.items()
     ]
-    handles += [Line2D([], [], color="black", label="by the rules"), Line2D([], [], color="black", ls="--", label="true")]
+    handles += [
+        Line2D([], [], color="black", label="by the rules"),
+        Line2D([], [], color="black", ls="--", label="true"),
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=6)
     return finish(figure, result, "Contours from thresholds and shapes alone")
 
@@ -73,7 +83,7 @@ def tangents(result: Result) -> Figure:
 
     Arrays: ``hu``, ``mask_NAME`` with "target", ``isocentre`` (x, y, z mm), ``origin`` and ``spacing`` (x, y, z mm),
     ``gantry`` (2,), ``sources`` (2, 2, 2: field, edge, x y of the far end), ``start`` (2, 2: x y of the sources),
-    per field ``leaves_K`` (row, 2), ``rows`` (row,), and ``uv_K_NAME`` (n, 2) of target, lung and heart; value ``side``.
+    per field ``leaves_K`` (row, 2), ``rows`` (row,), ``uv_K_NAME`` (n, 2) of target, lung and heart; value ``side``.
     """
     a, v = result.arrays, result.values
     figure, axes = new_figure(11.5, 4.2, 1, 3, width_ratios=[1.25, 1, 1])
@@ -97,7 +107,9 @@ def tangents(result: Result) -> Figure:
         for name in (lung, "heart", "target"):
             points = a[f"uv_{k}_{name}"]
             shade = COLOURS["green"] if name == "target" else STRUCTURES[name]
-            ax.plot(points[:, 0], points[:, 1], ".", color=shade, markersize=2.0, alpha=0.35, label=name.replace("_", " "))
+            ax.plot(
+                points[:, 0], points[:, 1], ".", color=shade, markersize=2.0, alpha=0.35, label=name.replace("_", " ")
+            )
         height = float(a["rows"][1] - a["rows"][0])
         leaves = a[f"leaves_{k}"]
         opened = np.flatnonzero(leaves[:, 1] > leaves[:, 0])
@@ -125,7 +137,7 @@ def dose_slices(result: Result) -> Figure:
     """Dose over slices, as Fig. 9: planned on the truth, on the reconstruction, and the latter delivered to the truth.
 
     Arrays: ``hu_truth``, ``hu_reconstruction``, ``dose_truth``, ``dose_reconstruction``, ``dose_delivered`` (Gy),
-    ``target_truth``, ``target_reconstruction`` (masks); values ``prescription_gy``, and ``v90``, ``v20_lung`` (name → %).
+    ``target_truth``, ``target_reconstruction`` (masks); values ``prescription_gy``, ``v90``, ``v20_lung`` (%).
     """
     a, v = result.arrays, result.values
     rows = (
@@ -143,7 +155,11 @@ def dose_slices(result: Result) -> Figure:
             show_slice(ax, a[f"hu_{hu}"], plane, index, scale=_SOFT, marks=True)
             picture = plane_of(a[f"dose_{dose}"].astype(np.float32), plane, index)
             image = ax.imshow(
-                np.ma.masked_less(picture, 0.1 * v["prescription_gy"]), cmap=wash.cmap, vmin=wash.low, vmax=wash.high, alpha=0.6
+                np.ma.masked_less(picture, 0.1 * v["prescription_gy"]),
+                cmap=wash.cmap,
+                vmin=wash.low,
+                vmax=wash.high,
+                alpha=0.6,
             )
             _outline(ax, a[f"target_{target}"], plane, index, "white")
         row[0].set_ylabel(title, fontsize=9)
@@ -186,7 +202,9 @@ def dvh(result: Result) -> Figure:
     shares = [100 * v["goals"][goal] for goal in goals]
     ax.barh(range(len(goals)), shares, color=COLOURS["blue"], height=0.55)
     for k, share in enumerate(shares):
-        ax.text(min(share, 80) + 2, k, f"{share:.0f} %", va="center", fontsize=9, color="white" if share > 80 else "black")
+        ax.text(
+            min(share, 80) + 2, k, f"{share:.0f} %", va="center", fontsize=9, color="white" if share > 80 else "black"
+        )
     ax.set_yticks(range(len(goals)), [_goal(goal) for goal in goals])
     ax.invert_yaxis()
     ax.set(xlabel="samples in which the goal is met, %", xlim=(0, 100))
@@ -209,7 +227,9 @@ def protocols(result: Result) -> Figure:
     """
     a, v = result.arrays, result.values
     figure, axes = new_figure(9.4, 1.5 + 0.42 * len(v["patients"]), 1, 2, sharey=True)
-    for ax, (metric, title) in zip(axes[0], (("v90", "V90% of the target"), ("v20_lung", "V20Gy of the lung")), strict=True):
+    for ax, (metric, title) in zip(
+        axes[0], (("v90", "V90% of the target"), ("v20_lung", "V20Gy of the lung")), strict=True
+    ):
         for offset, (key, colour, label) in zip(
             (-0.12, 0.12),
             (("own", COLOURS["orange"], "own contours and plan (the paper's)"),

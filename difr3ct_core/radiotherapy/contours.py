@@ -212,7 +212,7 @@ def _heart(hu: np.ndarray, cage: Mask, lungs: Mask, masks: dict[str, Mask], grid
     Where diaphragm and heart touch, no threshold finds the border: the domes beside the heart are joined by a plane.
     Great vessels fall off by an opening with a ball of 14 mm, liver by the plane.
     """
-    dz, dy, dx = grid.spacing
+    dy, dx = grid.spacing[1:]
     z, y, x = (np.arange(n) * d for n, d in zip(hu.shape, grid.spacing, strict=True))
     domes = []
     for name, outward, share in (("lung_right", -1.0, 85), ("lung_left", 1.0, 50)):
@@ -268,13 +268,15 @@ def _breast(masks: dict[str, Mask], cage: Mask, side: str, grid: _Grid) -> Mask:
     breast = _largest(grid.dilate(core, base + 10.0) & outside & own)
     if grid.volume(core) < 20.0 or not _BREAST_CM3[0] <= grid.volume(breast) <= _BREAST_CM3[1]:
         raise NotPlannable(
-            f"found {grid.volume(core):.0f} cm³ that stand out by more than {_STANDS_OUT_MM:g} mm in front of the {side} chest wall, "
-            f"expected 20 or more, in a breast of {_BREAST_CM3[0]:g} to {_BREAST_CM3[1]:g} cm³"
+            f"found {grid.volume(core):.0f} cm³ that stand out by more than {_STANDS_OUT_MM:g} mm in front of the "
+            f"{side} chest wall, expected 20 or more, in a breast of {_BREAST_CM3[0]:g} to {_BREAST_CM3[1]:g} cm³"
         )
     return breast
 
 
-def contour_from_file(path: str | Path, ct: CTVolume, numbers: Mapping[str, tuple[int, ...]] = TOTALSEGMENTATOR) -> Structures:
+def contour_from_file(
+    path: str | Path, ct: CTVolume, numbers: Mapping[str, tuple[int, ...]] = TOTALSEGMENTATOR
+) -> Structures:
     """Contours from a mask file on the grid of ``ct``; what the file lacks is drawn by the rules.
 
     Args:
@@ -316,13 +318,15 @@ def contour_with_totalsegmentator(ct: CTVolume) -> Structures:
 
 
 def complete(given: Structures, ct: CTVolume) -> Structures:
-    """``given`` with the structures that it lacks drawn by :func:`contour_ct`; where both claim a voxel, ``given`` has it."""
+    """``given`` with what it lacks drawn by :func:`contour_ct`; where both claim a voxel, ``given`` has it."""
     given.require_grid(ct)
     if all(name in given for name in NAMES):
         return given
     drawn = contour_ct(ct)
     masks = {name: mask for name, mask in given.masks.items() if mask.any()}
-    taken = np.logical_or.reduce([mask for name, mask in masks.items() if name != "body"] or [np.zeros(ct.hu.shape, bool)])
+    taken = np.logical_or.reduce(
+        [mask for name, mask in masks.items() if name != "body"] or [np.zeros(ct.hu.shape, bool)]
+    )
     for name, mask in drawn.masks.items():
         if name not in masks:
             masks[name] = mask if name == "body" else mask & ~taken

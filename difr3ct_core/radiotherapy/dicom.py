@@ -50,8 +50,9 @@ def write_dicom_rt(
         raise InputError(f"dose: its grid is not that of {structures.source}, expected one grid.")
     # From the content: the same study gives the same UIDs.
     entropy = [patient, plan.side, plan.planned_on, repr(plan.isocentre_mm.tolist()), repr(float(dose.gy.sum()))]
-    uids = {name: generate_uid(entropy_srcs=[*entropy, name]) for name in
-            ("study", "frame", "RTSTRUCT", "RTPLAN", "RTDOSE", "RTSTRUCT series", "RTPLAN series", "RTDOSE series")}  # fmt: skip
+    kinds = ("RTSTRUCT", "RTPLAN", "RTDOSE")
+    names = ("study", "frame", *kinds, *(f"{kind} series" for kind in kinds))
+    uids = {name: generate_uid(entropy_srcs=[*entropy, name]) for name in names}
     made = {
         "RTSTRUCT": _structure_set(_common("RTSTRUCT", RTStructureSetStorage, uids, patient), structures, uids),
         "RTPLAN": _plan(_common("RTPLAN", RTPlanStorage, uids, patient), plan, uids),
@@ -82,7 +83,7 @@ def _common(modality: str, sop_class: str, uids: dict[str, str], patient: str) -
     data.PatientName, data.PatientID, data.PatientBirthDate, data.PatientSex = patient, patient, "", "O"
     data.StudyInstanceUID, data.SeriesInstanceUID = uids["study"], uids[f"{modality} series"]
     data.StudyID, data.SeriesNumber, data.InstanceNumber = "1", "1", "1"
-    data.SeriesDescription = _NOTE[:64]
+    data.SeriesDescription = "Research and teaching, NOT FOR CLINICAL USE"
     data.FrameOfReferenceUID, data.PositionReferenceIndicator = uids["frame"], ""
     return data
 
@@ -227,22 +228,26 @@ def _first_control_point(point: Dataset, field: Field, plan: TangentPlan) -> Non
 
 def _dose(data: FileDataset, dose: DoseGrid, uids: dict[str, str]) -> FileDataset:
     spacing, origin = np.diag(dose.affine)[:3], dose.affine[:3, 3]
-    scale = max(float(dose.gy.max()), 1e-6) / (2**31 - 1)
+    scale = max(float(dose.gy.max()), 1e-6) / (2**16 - 1)
     data.ContentDate, data.ContentTime = data.StudyDate, data.StudyTime
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
     data.NumberOfFrames, data.Rows, data.Columns = dose.gy.shape
-    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 32, 32, 31, 0
+    # 16 bits, 1 mGy or finer: dciodvfy of dicom3tools aborts on 32.
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
     data.ImagePositionPatient = [_number(v) for v in origin]
     data.ImageOrientationPatient = ["1", "0", "0", "0", "1", "0"]
     data.PixelSpacing, data.SliceThickness = [_number(spacing[1]), _number(spacing[0])], _number(spacing[2])
     data.FrameIncrementPointer = pydicom.tag.Tag(0x3004, 0x000C)
     data.GridFrameOffsetVector = [_number(k * spacing[2]) for k in range(dose.gy.shape[0])]
     data.DoseUnits, data.DoseType, data.DoseSummationType = "GY", "PHYSICAL", "PLAN"
-    data.DoseComment, data.TissueHeterogeneityCorrection = _NOTE, "IMAGE"
+    data.DoseComment, data.TissueHeterogeneityCorrection = (
+        "Research, uncommissioned beam model, NOT FOR CLINICAL USE",
+        "IMAGE",
+    )
     data.DoseGridScaling = f"{scale:.9e}"
     data.ReferencedRTPlanSequence = _refer(RTPlanStorage, uids["RTPLAN"])
     # By the scale as written, rounded to ten digits.
-    stored = np.rint(dose.gy / float(data.DoseGridScaling)).astype("<u4")
+    stored = np.rint(dose.gy / float(data.DoseGridScaling)).clip(0, 2**16 - 1).astype("<u2")
     data.PixelData = stored.tobytes()
     return data
 
@@ -266,7 +271,9 @@ def read_rtdose(path: str | Path) -> DoseGrid:
     """
     data = _read(path, "RTDOSE")
     if not np.allclose([float(v) for v in data.ImageOrientationPatient], [1, 0, 0, 0, 1, 0], atol=1e-4):
-        raise InputError(f"{path}: orientation is {list(data.ImageOrientationPatient)}, expected LPS axes (1 0 0 0 1 0).")
+        raise InputError(
+            f"{path}: orientation is {list(data.ImageOrientationPatient)}, expected LPS axes (1 0 0 0 1 0)."
+        )
     offsets = np.array([float(v) for v in data.GridFrameOffsetVector])
     step = np.diff(offsets)
     if data.DoseUnits != "GY" or len(step) < 1 or step.min() <= 0 or np.ptp(step) > 1e-2:
@@ -306,5 +313,7 @@ def read_rtstruct(path: str | Path, ct: CTVolume, names: dict[str, str] | None =
             filled = polygon(index[:, 1], index[:, 0], shape[1:])
             mask[z][filled] ^= True
     if not any(mask.any() for mask in masks.values()):
-        raise InputError(f"{path}: no contour lies within {ct.name}; it belongs to another scan, or names do not match.")
+        raise InputError(
+            f"{path}: no contour lies within {ct.name}; it belongs to another scan, or names do not match."
+        )
     return Structures(masks, ct.affine, f"RTSTRUCT {Path(path).name}")

@@ -23,7 +23,9 @@ _MASK_MM = 1.0  # grid of the fluence
 _ENERGY_MV = 6.0
 
 
-def plan_on(ct: CTVolume, structures: Structures, side: str, prescription: Prescription) -> tuple[TangentPlan, DoseGrid]:
+def plan_on(
+    ct: CTVolume, structures: Structures, side: str, prescription: Prescription
+) -> tuple[TangentPlan, DoseGrid]:
     """Plan a CT with its contours, and its dose.
 
     Args:
@@ -93,15 +95,21 @@ def segment_doses(plan: TangentPlan, ct: CTVolume, structures: Structures) -> Fl
     patient = rt.CT(cube_hu=image)
     body = structures["body"].astype(np.uint8)
     cst = rt.validate_cst(
-        [{"name": "BODY", "voi_type": "EXTERNAL", "mask": sitk.GetImageFromArray(body), "ct_image": patient}], ct=patient
+        [{"name": "BODY", "voi_type": "EXTERNAL", "mask": sitk.GetImageFromArray(body), "ct_image": patient}],
+        ct=patient,
     )
     beams = [_beam(field, plan.isocentre_mm, Beam, Ray, FieldShapeAsMask) for field in plan.fields]
     spacing = dict(zip("xyz", np.diag(ct.affine)[:3].tolist(), strict=True))
     settings = rt.PhotonPlan(machine="Generic", num_of_fractions=1)
     settings.prop_dose_calc = {
-        "engine": "SVDPB", "dose_grid": {"resolution": spacing}, "int_conv_resolution": _MASK_MM, "kernel_cutoff": 100.0,
+        "engine": "SVDPB", "dose_grid": {"resolution": spacing},
+        "int_conv_resolution": _MASK_MM, "kernel_cutoff": 100.0,
     }  # fmt: skip
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         dij = rt.calc_dose_influence(patient, cst, SteeringInformation(beams=beams), settings)
     matrix = dij.physical_dose.flat[0]
@@ -121,7 +129,8 @@ def _beam(field: Field, isocentre: np.ndarray, beam: type, ray: type, shape: typ
         for k in range(len(field.apertures))
     ]  # fmt: skip
     return beam(
-        gantry_angle=field.gantry_deg, couch_angle=0.0, bixel_width=LEAF_MM, radiation_mode="photons", machine="Generic",
+        gantry_angle=field.gantry_deg, couch_angle=0.0, bixel_width=LEAF_MM, radiation_mode="photons",
+        machine="Generic",
         sad=SAD_MM, iso_center=np.asarray(isocentre, float), rays=rays, source_point=source,
         source_point_bev=np.array([0.0, -SAD_MM, 0.0]),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from ..files import InputError
 from .structures import Structures
@@ -31,9 +31,13 @@ class DoseGrid:
         if np.ndim(self.gy) != 3:
             raise InputError(f"dose: found shape {np.shape(self.gy)}, expected (z, y, x).")
         if not np.isfinite(self.gy).all():
-            raise InputError(f"dose: {int((~np.isfinite(self.gy)).sum())} voxels are NaN or infinite; compute it again.")
+            raise InputError(
+                f"dose: {int((~np.isfinite(self.gy)).sum())} voxels are NaN or infinite; compute it again."
+            )
         if self.gy.min() < 0:
-            raise InputError(f"dose: the lowest value is {self.gy.min():g} Gy, expected none below 0; compute it again.")
+            raise InputError(
+                f"dose: the lowest value is {self.gy.min():g} Gy, expected none below 0; compute it again."
+            )
 
     def inside(self, structures: Structures, name: str) -> Float[np.ndarray, " n"]:
         """Doses in Gy of the voxels of a structure.
@@ -45,8 +49,8 @@ class DoseGrid:
         mask = structures[name]
         if mask.shape != self.gy.shape or not np.allclose(structures.affine, self.affine, atol=1e-3):
             raise InputError(
-                f"dose: its grid has shape {self.gy.shape} and origin {self.affine[:3, 3].round(2).tolist()} mm, that of "
-                f"{structures.source} {mask.shape} and {structures.affine[:3, 3].round(2).tolist()} mm; expected one "
+                f"dose: its grid has shape {self.gy.shape} and origin {self.affine[:3, 3].round(2).tolist()} mm, "
+                f"that of {structures.source} {mask.shape} and {structures.affine[:3, 3].round(2).tolist()} mm; expected one "
                 "grid, resample one onto the other."
             )
         return self.gy[mask].astype(np.float64)
@@ -95,7 +99,7 @@ def score(dose: DoseGrid, structures: Structures, side: str, prescription_gy: fl
         prescription_gy: what V90% and V95% are relative to.
 
     Returns:
-        ``v90``, ``v95``, ``v107`` of the target, ``v20_lung`` (ipsilateral), ``v20_lungs`` (both) and ``v20_heart`` in %;
+        ``v90``, ``v95``, ``v107`` of the target, ``v20_lung`` (ipsilateral), ``v20_lungs`` (both), ``v20_heart`` in %;
         ``mean_target``, ``mean_lung``, ``mean_heart``, ``d2_target`` in Gy; ``target_cm3``.
     """
     target, heart = dose.inside(structures, "target"), dose.inside(structures, "heart")
@@ -151,5 +155,7 @@ def finite_samples(values: Float[np.ndarray, "n *v"], name: str = "samples") -> 
         raise InputError(f"{name}: found {len(values)}, expected at least 2; a spread needs more than one sample.")
     bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1)).tolist()
     if bad:
-        raise InputError(f"{name}: numbers {bad} of {len(values)} hold NaN or infinity; draw them again or leave them out.")
+        raise InputError(
+            f"{name}: numbers {bad} of {len(values)} hold NaN or infinity; draw them again or leave them out."
+        )
     return values

@@ -1,7 +1,7 @@
 """The radiotherapy study (§V-D, §V-G): can a plan be made on a reconstruction, and is it the right one?
 
 Two protocols answer it. **Own** is the paper's: each CT is contoured, planned and scored by itself, and the scores are
-compared. **True** is the honest one: the plan made on the reconstruction is delivered to the true patient, so its dose is
+compared. **True** is the honest one: the plan made on the reconstruction is delivered to the true patient: its dose is
 computed on the true CT and scored with the true contours. A reconstruction that is shifted as a whole passes the first.
 
 What only a posterior gives: a plan is scored on every sample, so its DVH comes with a band and every clinical goal with
@@ -82,7 +82,12 @@ def plan_ct(ct: CTVolume, side: str, prescription: Prescription, structures: Str
 
 
 def study_case(
-    name: str, truth: CTVolume, contours: Structures | None, reconstruction: CTVolume, side: str, prescription: Prescription
+    name: str,
+    truth: CTVolume,
+    contours: Structures | None,
+    reconstruction: CTVolume,
+    side: str,
+    prescription: Prescription,
 ) -> Case:
     """Both protocols for one patient. A case that cannot be planned is returned with its reason, not raised.
 
@@ -172,5 +177,7 @@ def score_posterior(plan: TangentPlan, samples: Sequence[CTVolume], bins: int = 
             curves[name].append(dvh_curve(dose.inside(structures, name), gy))
         metrics.append(score(dose, structures, plan.side, total))
     if len(metrics) < 2:
-        raise InputError(f"samples: {len(metrics)} of {len(samples)} could be contoured, expected at least 2: {skipped}.")
+        raise InputError(
+            f"samples: {len(metrics)} of {len(samples)} could be contoured, expected at least 2: {skipped}."
+        )
     return PosteriorDose(gy, {name: np.stack(values) for name, values in curves.items()}, metrics, skipped)
