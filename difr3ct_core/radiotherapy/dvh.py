@@ -50,8 +50,8 @@ class DoseGrid:
         if mask.shape != self.gy.shape or not np.allclose(structures.affine, self.affine, atol=1e-3):
             raise InputError(
                 f"dose: its grid has shape {self.gy.shape} and origin {self.affine[:3, 3].round(2).tolist()} mm, "
-                f"that of {structures.source} {mask.shape} and {structures.affine[:3, 3].round(2).tolist()} mm; expected one "
-                "grid, resample one onto the other."
+                f"that of {structures.source} has {mask.shape} and {structures.affine[:3, 3].round(2).tolist()} mm; "
+                "expected one grid, resample one onto the other."
             )
         return self.gy[mask].astype(np.float64)
 
