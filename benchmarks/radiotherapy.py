@@ -1,6 +1,6 @@
 """Measured figures of the radiotherapy study → benchmarks/results/rt.json.
 
-    python benchmarks/radiotherapy.py contours            # Dice on the real scan (data_scripts/fetch_sample_ct.py first)
+    python benchmarks/radiotherapy.py contours            # Dice on the real scan, if it was fetched
     python benchmarks/radiotherapy.py dicom               # what dciodvfy says of an exported study (dicom3tools)
     python benchmarks/radiotherapy.py study --preset small --run runs/small   # from the results that chapter 07 saved
 

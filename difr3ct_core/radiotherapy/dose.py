@@ -62,7 +62,9 @@ def _weighted(plan: TangentPlan, units: Float[np.ndarray, "k z y x"]) -> Float[n
 
 def fluence_mask(field: Field, segment: int) -> Float[np.ndarray, "n n"]:
     """Transmission (v, u) of one segment on the square grid of 1 mm, with soft ends of leaves (share of a pixel)."""
-    half = int(max(np.abs(field.apertures).max(), -field.rows_mm[0]) + 2)
+    # No larger than the opening needs: convolving it is what costs time.
+    open_rows = field.rows_mm[(field.apertures[..., 1] > field.apertures[..., 0]).any(0)]
+    half = int(max(np.abs(field.apertures).max(), -open_rows.min(), open_rows.max() + LEAF_MM) + 2)
     centres = np.arange(-half, half + 1, dtype=float)
     leaves = field.apertures[segment]
     row = np.floor((centres - field.rows_mm[0]) / LEAF_MM).astype(int)
