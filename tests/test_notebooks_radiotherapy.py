@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 pytest.importorskip("pyRadPlan", reason="extra rt is not installed")
 
 import difr3ct_core.datasets as datasets
-import difr3ct_core.reconstruct as reconstruct
 from difr3ct_core import ct
 from difr3ct_core.chapters import Chapter
 from difr3ct_core.presets import get_preset
 from difr3ct_core.results import load_result
 
+#: The module: the package exports its function under the same name.
+reconstruct = importlib.import_module("difr3ct_core.reconstruct")
 PATH = Path(__file__).resolve().parents[1] / "notebooks" / "07_radiotherapy.ipynb"
 
 
