@@ -56,11 +56,11 @@ help: ## list the targets
 #: PYTEST="-k drr"                  further arguments for pytest
 
 book: ## run the chapters (only what changed) and build build/html/index.html
-	$(call environment,book)
+	$(call environment,book$(comma)rt)
 	@$(BIN) book/run_chapters.py book --preset "$(PRESET)" $(PASSED)
 
 run: ## run one chapter with your parameters: make run CHAPTER=04 VIEWS=2view
-	$(call environment,book)
+	$(call environment,book$(comma)rt)
 	@$(BIN) book/run_chapters.py run "$(CHAPTER)" --preset "$(PRESET)" $(PASSED)
 
 study: ## run the chapters over views, cohorts, baselines and seeds (book/study.yml), here or by PROFILE=profiles/slurm
@@ -80,11 +80,11 @@ verify: ## redraw figures and recompute numbers of a run, run a chapter again: m
 	  $(if $(DATA),--data "$(DATA)") $(if $(TOLERANCE),--tolerance "$(TOLERANCE)") $(if $(TRAIN),--train)
 
 test: ## run the tests, without the slow ones
-	$(call environment,book$(comma)dev)
+	$(call environment,book$(comma)dev$(comma)rt)
 	@DIFR3CT_TEST_RECORD=build/tests.json $(BIN) -m pytest -m "not slow" $(PYTEST)
 
 test-all: ## run all tests, the slow ones too
-	$(call environment,book$(comma)dev)
+	$(call environment,book$(comma)dev$(comma)rt)
 	@$(BIN) -m pytest $(PYTEST)
 
 lint: ## check the style of the code
