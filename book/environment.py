@@ -82,8 +82,13 @@ def pip_install(venv, arguments, display):
     lines = []
     with open(log_path, "w") as log:
         process = subprocess.Popen(
-            command + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            cwd=ROOT, env=environment, universal_newlines=True,
+            command + arguments,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=environment,
+            universal_newlines=True,
         )
         collected = 0
         for line in process.stdout:
