@@ -134,13 +134,16 @@ def agreement(chapter: Chapter, patients: Patients, mark: str, samples: int, ful
 def intervals(chapter: Chapter, count: int, samples: int, view_set: str = "2view") -> dict[str, dict[str, Any]]:
     """Conformal intervals fitted on validation patients, tested on test patients, of plain and corrected samples."""
     figures: dict[str, dict[str, Any]] = {}
+    drawn: dict[str, tuple[Patients, torch.Tensor]] = {}
+    for split in ("val", "test"):
+        some = chapter.patients(split, view_set)
+        some = some.take(range(min(count, len(some))))
+        found = posterior_samples(chapter.ldm(view_set), chapter.vqgan(), some.xrays, some.views, samples)
+        drawn[split] = (some, found)
     for way, mark in (("none", ""), ("tv", "_consistent")):
         parts = {}
-        for split in ("val", "test"):
-            some = chapter.patients(split, view_set)
-            some = some.take(range(min(count, len(some))))
-            drawn = posterior_samples(chapter.ldm(view_set), chapter.vqgan(), some.xrays, some.views, samples)
-            hu = unit_to_hu(corrected(drawn, some, chapter, way), chapter.preset.volume)
+        for split, (some, found) in drawn.items():
+            hu = unit_to_hu(corrected(found, some, chapter, way), chapter.preset.volume)
             parts[split] = (some, hu.mean(1), hu.std(1), some.hu.float())
         body = {split: part[0].labels != LABELS["air"] for split, part in parts.items()}
         fitted = fit_conformal(*(values[body["val"]] for values in parts["val"][1:]), 0.9)
