@@ -66,7 +66,7 @@ def test_a_slider_has_its_origin_too(chapter: Chapter) -> None:
 
 
 def test_words_of_a_result_cannot_become_markup() -> None:
-    result = Result("r", {}, {"names": ["<script>"]}, {"run": "<b>", "device": "&", "wall_s": 1.0})
+    result = Result("r", {}, {}, {"data": ["<script>"], "run": "<b>", "device": "&", "wall_s": 1.0})
     line = origin_html(result)
     assert "<script>" not in line and "<b>" not in line and "&lt;script&gt;" in line
 
@@ -98,6 +98,11 @@ def test_the_pages_bring_the_results_that_they_link_to(chapter: Chapter, monkeyp
 def test_older_results_have_a_line_with_what_they_know(tmp_path: Path) -> None:
     line = origin_html(Result("old", {}, {"patient": "phantom"}, {"preset": "tiny"}))
     assert "run <code>?</code>" in line and "data: phantom" in line and "time ?" in line
+    for names, shown in (
+        (["phantom", "LIDC-IDRI-0001"], "phantom, LIDC-IDRI-0001"),
+        (["FBP"], "computed in the chapter"),
+    ):
+        assert f"data: {shown}" in origin_html(Result("old", {}, {"names": names}, {}))
 
 
 def test_a_preset_may_name_its_cohort(tmp_path: Path) -> None:
