@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from build_html import linked_results
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from run_chapters import Book
 
 from difr3ct_core.chapters import Chapter, cohort_folder
 from difr3ct_core.figures.models import schedules
@@ -20,6 +21,7 @@ from difr3ct_core.interactive import frame_slider
 from difr3ct_core.presets import COHORTS, get_preset
 from difr3ct_core.results import Result, run_id
 
+ROOT = Path(__file__).resolve().parents[1]
 GAMMA = np.linspace(0.98, 0.02, 30)
 
 
@@ -111,6 +113,9 @@ def test_a_preset_may_name_its_cohort(tmp_path: Path) -> None:
         assert preset.cohort.cohort == cohort and preset.volume == get_preset("tiny").volume
         assert cohort_folder(preset) == f"tiny-{cohort}"
     assert cohort_folder(get_preset("tiny")) == "tiny-lung"
+    for preset, folder in (("tiny", "tiny-lung"), ("tiny-thoracic", "tiny-thoracic")):
+        book = Book(ROOT, preset)
+        assert [book.fill(made) for made in book.steps["phantoms"]["makes"]] == [f"data/{folder}/manifest.json"]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(get_preset("tiny").replace(name="mine", sampling={"steps": 3}).to_dict()))
     assert get_preset(str(path)).sampling.steps == 3 and cohort_folder(get_preset(str(path))) == "mine-lung"
