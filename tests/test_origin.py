@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from build_html import linked_results
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from run_chapters import Book
 
 from difr3ct_core.chapters import Chapter, cohort_folder
 from difr3ct_core.figures.models import schedules
@@ -20,6 +21,7 @@ from difr3ct_core.interactive import frame_slider
 from difr3ct_core.presets import COHORTS, get_preset
 from difr3ct_core.results import Result, run_id
 
+ROOT = Path(__file__).resolve().parents[1]
 GAMMA = np.linspace(0.98, 0.02, 30)
 
 
@@ -66,7 +68,7 @@ def test_a_slider_has_its_origin_too(chapter: Chapter) -> None:
 
 
 def test_words_of_a_result_cannot_become_markup() -> None:
-    result = Result("r", {}, {"names": ["<script>"]}, {"run": "<b>", "device": "&", "wall_s": 1.0})
+    result = Result("r", {}, {}, {"data": ["<script>"], "run": "<b>", "device": "&", "wall_s": 1.0})
     line = origin_html(result)
     assert "<script>" not in line and "<b>" not in line and "&lt;script&gt;" in line
 
@@ -98,6 +100,11 @@ def test_the_pages_bring_the_results_that_they_link_to(chapter: Chapter, monkeyp
 def test_older_results_have_a_line_with_what_they_know(tmp_path: Path) -> None:
     line = origin_html(Result("old", {}, {"patient": "phantom"}, {"preset": "tiny"}))
     assert "run <code>?</code>" in line and "data: phantom" in line and "time ?" in line
+    for names, shown in (
+        (["phantom", "LIDC-IDRI-0001"], "phantom, LIDC-IDRI-0001"),
+        (["FBP"], "computed in the chapter"),
+    ):
+        assert f"data: {shown}" in origin_html(Result("old", {}, {"names": names}, {}))
 
 
 def test_a_preset_may_name_its_cohort(tmp_path: Path) -> None:
@@ -106,6 +113,9 @@ def test_a_preset_may_name_its_cohort(tmp_path: Path) -> None:
         assert preset.cohort.cohort == cohort and preset.volume == get_preset("tiny").volume
         assert cohort_folder(preset) == f"tiny-{cohort}"
     assert cohort_folder(get_preset("tiny")) == "tiny-lung"
+    for preset, folder in (("tiny", "tiny-lung"), ("tiny-thoracic", "tiny-thoracic")):
+        book = Book(ROOT, preset)
+        assert [book.fill(made) for made in book.steps["phantoms"]["makes"]] == [f"data/{folder}/manifest.json"]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(get_preset("tiny").replace(name="mine", sampling={"steps": 3}).to_dict()))
     assert get_preset(str(path)).sampling.steps == 3 and cohort_folder(get_preset(str(path))) == "mine-lung"

@@ -104,8 +104,9 @@ def origin_html(result: Result) -> str:
         path = result.path.resolve()
         beside = (folder / "notebooks" for folder in path.parents if (folder / "notebooks").is_dir())
         link = os.path.relpath(path, next(beside, path.parent))
-    # Chapters that open no cohort say whom they show.
-    shown = origin.get("data") or values.get("names") or [values.get("patient", "computed, no patient")]
+    # Chapters that open no cohort say in their values whom they show, if anyone.
+    people = [name for name in values.get("names", []) if "phantom" in name or "LIDC" in name]
+    shown = origin.get("data") or people or [values.get("patient", "computed in the chapter")]
     seconds = origin.get("wall_s")
     parts = [
         f"run <code>{html.escape(str(origin.get('run', '?')))}</code>",
