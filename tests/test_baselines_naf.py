@@ -117,7 +117,7 @@ def test_field_stays_between_air_and_the_window():
         for parameter in model.parameters():
             parameter.mul_(1000)
     mu = model.volume(VolumePreset(size=8))
-    assert mu.shape == (8, 8, 8) and float(mu.min()) >= 0 and float(mu.max()) <= 0.05
+    assert mu.shape == (8, 8, 8) and float(mu.min()) >= 0 and float(mu.max()) <= 0.05 + 1e-8
 
 
 def test_it_fits_one_patient_where_the_patient_is():
