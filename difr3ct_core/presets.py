@@ -320,7 +320,7 @@ PRESETS: dict[str, Preset] = {
         ),
         initial=InitialPreset(solver="tv_body", iterations=12),
         train_ldm=TrainPreset(
-            steps=1200,
+            steps=900,
             batch_size=8,
             lr=1e-3,
             warmup_steps=50,
