@@ -30,10 +30,11 @@ def settings_of(stage: str, preset: dict[str, Any]) -> str:
     """The ``--set`` words by which a run differs from the preset of that name."""
     from difr3ct_core.presets import get_preset
 
-    usual = get_preset(preset["name"]).to_dict()[f"train_{stage}"]
-    usual = json.loads(json.dumps(usual))  # tuples become lists, as in the file
-    changed = {name: value for name, value in preset[f"train_{stage}"].items() if usual.get(name) != value}
-    words = [f"{name}={json.dumps(value)}" for name, value in changed.items()]
+    usual = json.loads(json.dumps(get_preset(preset["name"]).to_dict()))  # tuples become lists, as in the file
+    words = []
+    for section, mark in ((f"train_{stage}", ""), *([("initial", "initial.")] if stage == "ldm" else [])):
+        changed = {k: v for k, v in preset.get(section, {}).items() if usual[section].get(k) != v}
+        words += [f"{mark}{name}={json.dumps(value)}" for name, value in changed.items()]
     return f" --set {' '.join(words)}" if words else ""
 
 
@@ -59,15 +60,17 @@ def quality(path: Path, model: str) -> list[str]:
     ]
 
 
-def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path) -> str:
-    """The model card in Markdown."""
+def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path, note: str = "") -> str:
+    """The model card in Markdown; ``note`` is what the metadata cannot know of how the training went."""
     preset, origin = metadata["preset"], metadata["provenance"]
     stage = "vqgan" if model == "vqgan" else "ldm"
     training, cohort = preset[f"train_{stage}"], preset["cohort"]
     command = COMMANDS[stage].format(
         preset=preset["name"], views=model.removeprefix("ldm-"), settings=settings_of(stage, preset)
     )
-    size = preset["volume"]["size"]
+    if "start" in metadata["fingerprint"]:
+        command += f" --start runs/{preset['name']}/ldm-any"
+    size, initial = preset["volume"]["size"], preset.get("initial", {})
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
     if preset["vqgan"].get("image_gan_weight") or metadata.get("perceptual"):
         judges = "L1, commitment, adversarial" + (", perceptual" if metadata.get("perceptual") else "")
@@ -81,7 +84,11 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path)
         f"- **Training**: {training['steps']} steps, batch {training['batch_size']}, rate {training['lr']:g}, seed "
         f"{origin['seed']}, {origin['wall_s'] / 3600:.2f} h of wall time since its last start, on {origin['device']}, "
         f"commit {origin['commit']}, {origin['finished'][:10]}.",
+        *([f"- **How it went**: {note}"] if note else []),
         f"- **Losses of the VQGAN**: {judges}.",
+        *([f"- **Condition**: features along rays (Eq. 10) and, beyond the paper, the encoded volume of "
+           f"`{initial['solver']}`, {initial['iterations']} iterations."]
+          if stage == "ldm" and initial.get("solver", "none") != "none" else []),
         f"- **Command**: `{command}`",
         f"- **HU window**: {preset['volume']['hu_min']:g} to {preset['volume']['hu_max']:g}.", "",
         "## Quality", "", *quality(measured, model), "",
@@ -93,8 +100,14 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path)
     return "\n".join(lines)
 
 
-def ship(run: Path, out: Path, results: Path) -> list[Path]:
+def ship(run: Path, out: Path, results: Path, notes: dict[str, str] | None = None) -> list[Path]:
     """Export every finished model of a run; returns the files of weights.
+
+    Args:
+        run: folder of the models.
+        out: where the files go.
+        results: folder of the measured figures.
+        notes: model -> a sentence for its card.
 
     Raises:
         InputError: no finished model there, or one is larger than the limit.
@@ -116,7 +129,10 @@ def ship(run: Path, out: Path, results: Path) -> list[Path]:
             )
         for target, text in (
             (path.with_suffix(".csv"), (weights.parent / "log.csv").read_text()),
-            (path.with_suffix(".md"), card(model, metadata, megabytes, results / f"quality_{name}.json")),
+            (
+                path.with_suffix(".md"),
+                card(model, metadata, megabytes, results / f"quality_{name}.json", (notes or {}).get(model, "")),
+            ),
         ):
             with atomic_path(target) as temporary:
                 temporary.write_text(text, encoding="utf-8")
@@ -131,9 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="folder of finished models, such as runs/small")
     parser.add_argument("--out", type=Path, default=ROOT / "pretrained")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--note", nargs=2, action="append", default=[], metavar=("MODEL", "TEXT"), help="for its card")
     options = parser.parse_args(arguments)
     try:
-        ship(options.run, options.out, options.results)
+        ship(options.run, options.out, options.results, dict(options.note))
     except InputError as error:
         print(f"ship_weights: {error}", file=sys.stderr)
         return 2
