@@ -29,6 +29,7 @@ from fingerprint import chapter_key, core_hash, digest
 from notebook_checks import STANDARD_PARAMETERS, check_parameters, parameters_of, read_notebook
 
 from difr3ct_core.files import InputError, read_json, write_json
+from difr3ct_core.presets import get_preset
 
 HTML = "pages"
 
@@ -77,8 +78,9 @@ class Book:
         return self.build / "executed" / self.preset / self.source(chapter).name
 
     def fill(self, text: str) -> str:
-        """``text`` with {preset}, {data} and {run} filled in."""
-        return text.format(preset=self.preset, data=self.data, run=self.run)
+        """``text`` with {preset}, {data}, {run} and {cohort} (PRESET-COHORT) filled in."""
+        cohort = get_preset(self.preset).cohort_folder
+        return text.format(preset=self.preset, data=self.data, run=self.run, cohort=cohort)
 
     def parameters(self, chapter: str, only_known: bool) -> dict[str, Any]:
         """What is passed to a chapter; paths are relative to the project's root, as chapters take them."""

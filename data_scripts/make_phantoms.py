@@ -14,26 +14,28 @@ from pathlib import Path
 
 from difr3ct_core.datasets import make_cohort
 from difr3ct_core.files import InputError
-from difr3ct_core.presets import PRESETS, get_preset
+from difr3ct_core.presets import PRESETS, REAL_COHORTS, get_preset
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
+    parser.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)} (default tiny)")
     parser.add_argument("--cohort", choices=["lung", "thoracic", "intact"], help="by default the preset's")
     parser.add_argument("--out", type=Path, help="by default data/PRESET-COHORT")
     parser.add_argument("--workers", type=int, help="processes; by default one per core")
     options = parser.parse_args(arguments)
-    preset = get_preset(options.preset)
-    if options.cohort:
-        preset = preset.replace(cohort={"cohort": options.cohort})
-    out = options.out or Path("data") / f"{preset.name}-{preset.cohort.cohort}"
     try:
-        folder = make_cohort(out, preset, options.workers)
+        preset = get_preset(options.preset)
+        if options.cohort:
+            preset = preset.replace(cohort={"cohort": options.cohort})
+        folder = make_cohort(options.out or Path("data") / preset.cohort_folder, preset, options.workers)
     except InputError as error:
         print(f"make_phantoms: {error}", file=sys.stderr)
         return 2
     c = preset.cohort
+    if c.cohort in REAL_COHORTS:
+        print(f"{folder}: real scans, prepared before.")
+        return 0
     print(f"{folder}: {c.n_train} training, {c.n_val} validation and {c.n_test} test phantoms, {preset.volume.size}³.")
     return 0
 

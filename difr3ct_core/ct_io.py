@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -158,12 +160,13 @@ def to_lps(
     return out, result
 
 
-def read_ct(path: str | Path, series_uid: str | None = None) -> CTVolume:
+def read_ct(path: str | Path, series_uid: str | None = None, files: Sequence[str | Path] | None = None) -> CTVolume:
     """Read a CT from a NIfTI file, a folder with a DICOM series, or one file of such a series.
 
     Args:
         path: ``.nii``, ``.nii.gz``, a folder, or a DICOM file.
         series_uid: SeriesInstanceUID, when a folder holds several CT series.
+        files: the slices, when they are known; the folder is not searched then.
 
     Returns:
         the CT on LPS axes; values below -1024 HU (outside the field of view) are set to -1024.
@@ -175,7 +178,7 @@ def read_ct(path: str | Path, series_uid: str | None = None) -> CTVolume:
     if path.is_dir() or not path.name.lower().endswith((".nii", ".nii.gz")):
         if not path.is_dir():
             require_file(path, "a CT as NIfTI (.nii, .nii.gz) or DICOM")
-        array, affine = read_dicom_series(path, series_uid)
+        array, affine = read_dicom_series(path, series_uid, files)
     else:
         array, affine = _read_nifti(path, "a CT as NIfTI")
         array = array.astype(np.float32, copy=False)
@@ -268,6 +271,29 @@ def _read_nifti(path: Path, what: str) -> tuple[np.ndarray, np.ndarray]:
         )
     affine[:3] *= {"meter": 1e3, "micron": 1e-3}.get(image.header.get_xyzt_units()[0], 1.0)
     return data.transpose(2, 1, 0), _RAS_TO_LPS @ affine
+
+
+def nifti_facts(path: str | Path) -> dict[str, Any]:
+    """What the header of a NIfTI file says, for the quality report of :mod:`.preparation`.
+
+    Raises:
+        InputError: not NIfTI.
+    """
+    path = require_file(path, "a CT as NIfTI")
+    try:
+        image = nib.load(path)
+        zooms = [round(float(value), 4) for value in image.header.get_zooms()[:3]]
+        slope, intercept = image.dataobj.slope, image.dataobj.inter
+        return {
+            **dict(zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), zooms, strict=False)),
+            "slices": int(image.shape[2]) if len(image.shape) > 2 else 1,
+            "compressed": path.name.lower().endswith(".gz"),
+            "rescale_slope": f"{float(slope):g}",
+            "rescale_intercept": f"{float(intercept):g}",
+        }
+    except Exception as error:  # nibabel raises many types for damaged bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: cannot be read as NIfTI ({reason}), expected a CT; copy it again.") from error
 
 
 def write_nifti(

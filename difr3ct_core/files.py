@@ -107,6 +107,43 @@ def _remove_leftovers(folder: Path, prefix: str, suffix: str) -> None:
                     leftover.unlink()
 
 
+@contextlib.contextmanager
+def alone_in(folder: str | Path, work: str) -> Iterator[None]:
+    """Hold a folder for one writer: two runs into one folder would each replace what the other has written.
+
+    The lock is on the folder itself, so no file is left behind, and the system releases it when the process ends,
+    however it ends. File systems without such locks (some network ones) give no protection, and no error.
+
+    Args:
+        folder: made if missing.
+        work: what the writer does, for the message, such as "a training".
+
+    Raises:
+        InputError: another process holds the folder, or it cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be used ({error.strerror}), expected a folder for {work}; choose another one."
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another process is at work there, expected this to be the only one; wait until {work} "
+                "has ended, or choose another folder."
+            ) from None
+        except OSError:
+            pass  # no locks there
+        yield
+    finally:
+        os.close(handle)
+
+
 def require_file(path: str | Path, what: str) -> Path:
     """Return ``path`` if it is a non-empty file, or raise an :class:`InputError` that says what was expected there."""
     path = Path(path)

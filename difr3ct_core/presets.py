@@ -29,6 +29,9 @@ VIEW_SETS: dict[str, tuple[float, ...]] = {
     "1view_lateral": (0.0,),
 }
 
+#: Cohorts of real scans, which data_scripts/prepare_ct.py makes; their patients are counted, not chosen.
+REAL_COHORTS = ("lidc",)
+
 
 @dataclass(frozen=True)
 class VolumePreset:
@@ -69,7 +72,7 @@ class CohortPreset:
     n_val: int
     n_test: int
     draw_size: int  # the phantom is drawn on this grid and averaged down to the volume's
-    cohort: str = "lung"  # "lung" (as LIDC) or "thoracic" (after mastectomy)
+    cohort: str = "lung"  # phantoms: "lung" (as LIDC) or "thoracic" (after mastectomy); or one of REAL_COHORTS
     seed: int = 2024
 
 
@@ -191,6 +194,12 @@ class Preset:
         """(channel, z, y, x) of a latent."""
         edge = self.volume.size // 2**self.vqgan.levels
         return (self.vqgan.latent_channels, edge, edge, edge)
+
+    @property
+    def cohort_folder(self) -> str:
+        """Name of the cohort's folder below the data folder: PRESET-COHORT."""
+        ending = f"-{self.cohort.cohort}"
+        return self.name if self.name.endswith(ending) else self.name + ending
 
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of JSON types."""
@@ -317,11 +326,18 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called ``name``.
+    """The preset called ``name``; with the name of a real cohort behind it, such as ``paper-lidc``, on that cohort.
 
     Raises:
         InputError: no such preset.
     """
+    base, _, cohort = name.partition("-")
+    if name not in PRESETS and base in PRESETS and cohort in REAL_COHORTS:
+        return PRESETS[base].replace(name=name, cohort={"cohort": cohort})
     if name not in PRESETS:
-        raise InputError(f"preset: found {name!r}, expected one of {', '.join(PRESETS)}.")
+        real = ", ".join(f"-{cohort}" for cohort in REAL_COHORTS)
+        raise InputError(
+            f"preset: found {name!r}, expected one of {', '.join(PRESETS)}, or one of these with {real} behind it "
+            "for real scans."
+        )
     return PRESETS[name]
