@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -31,6 +32,8 @@ class InputError(ValueError):
     """Bad input from a user: the message is one clear sentence, fit to print without a traceback."""
 
 
+#: Name of the checksum among the metadata of a safetensors file.
+_CHECKSUM = "content_sha256"
 _FULL = "{}: no space left on the device; nothing was changed. Free some space and run again."
 
 
@@ -202,11 +205,11 @@ def read_npz(path: str | Path, required: tuple[str, ...] = ()) -> dict[str, np.n
     """
     path = require_file(path, "an NPZ file")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a single array, not an archive of named arrays")
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
+        # Each member is read to its end: only there does the archive's checksum tell whether its bytes are right, and
+        # NumPy alone would stop before it where a damaged header promises a smaller array.
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        arrays = {name.removesuffix(".npy"): _read_array(data) for name, data in members.items()}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(
             f"{path}: cannot be read as NPZ ({error}); it may be truncated, make or copy it again."
@@ -219,29 +222,55 @@ def read_npz(path: str | Path, required: tuple[str, ...] = ()) -> dict[str, np.n
     return arrays
 
 
+def _read_array(data: bytes) -> np.ndarray:
+    stream = io.BytesIO(data)
+    array = np.lib.format.read_array(stream, allow_pickle=False)
+    if stream.tell() != len(data):
+        raise ValueError("an array is followed by other bytes")
+    return array
+
+
+def _content_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of names, types, shapes and bytes of all tensors, and of the metadata."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors with JSON-encoded metadata values, atomically."""
+    """Write tensors with JSON-encoded metadata values, atomically, and a checksum of it all: the format has none."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
     with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        save_file(plain, temporary, metadata={**texts, _CHECKSUM: _content_digest(plain, texts)})
 
 
 def read_safetensors(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read tensors and metadata written by :func:`write_safetensors`.
+    """Read tensors and metadata written by :func:`write_safetensors`, and compare them with their checksum.
+
+    Files of other programs, and older ones, have no checksum and are read without it.
 
     Raises:
-        InputError: missing, truncated, or another format (pickled ``.pt`` files are refused unread).
+        InputError: missing, truncated, changed since it was written, or another format (pickled ``.pt`` files are refused unread).
     """
     path = require_file(path, "weights in safetensors format")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as handle:
+        with safe_open(path, framework="pt", device="cpu") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-            metadata = {key: json.loads(value) for key, value in (handle.metadata() or {}).items()}
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError, ValueError) as error:
+            texts = handle.metadata() or {}
+        checksum = texts.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != _content_digest(tensors, texts):
+            raise ValueError("its content does not have the checksum that was stored with it")
+        metadata = {key: json.loads(value) for key, value in texts.items()}
+    except Exception as error:  # its reader raises errors of many libraries for damaged headers
         raise InputError(
             f"{path}: is not a complete safetensors file ({error}); it may be truncated or of another format, "
             "train again or copy it again (pickled .pt files are never loaded)."
         ) from error
-    return tensors, metadata
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
