@@ -31,6 +31,8 @@ from .files import InputError, atomic_path, require_file
 AIR_HU = -1024.0
 #: Resample when treating the axes as aligned would move a corner by more than this share of a voxel.
 _ALIGNED_TOLERANCE = 0.02
+#: A turned volume fills at most about five times its voxels; a damaged affine can ask for any number.
+_GROWTH = 8
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -141,6 +143,11 @@ def to_lps(
     else:
         reach = np.abs(matrix) @ (shape - 1)
         count = np.ceil(reach / new_spacing - 1e-6).astype(int) + 1
+        if count.prod(dtype=float) > _GROWTH * array.size + 1e6:
+            raise InputError(
+                f"{name}: the affine {matrix.round(4).tolist()} is so oblique that the volume would grow from "
+                f"{shape.tolist()} to {count.tolist()} voxels, expected axes nearly at right angles; check it."
+            )
         image = sitk.GetImageFromArray(array)
         image.SetOrigin(affine[:3, 3].tolist())
         image.SetSpacing(spacing.tolist())
@@ -239,6 +246,10 @@ def _read_nifti(path: Path, what: str) -> tuple[np.ndarray, np.ndarray]:
             )
         _check_length(path, image)
         data = image.get_fdata(caching="unchanged", dtype=np.float32)  # float64 would double the memory
+        affine = np.array(image.affine, dtype=np.float64)
+        pixdim = np.asarray(raw["pixdim"][1:4], dtype=np.float64)
+        oriented = bool(image.header["sform_code"]) or bool(image.header["qform_code"])
+        unit_mm = {"meter": 1e3, "micron": 1e-3}.get(image.header.get_xyzt_units()[0], 1.0)
     except InputError:
         raise
     except Exception as error:  # nibabel, zlib and numpy raise many types for damaged bytes
@@ -254,21 +265,19 @@ def _read_nifti(path: Path, what: str) -> tuple[np.ndarray, np.ndarray]:
             f"{path}: shape is {tuple(image.shape)}, expected a 3D volume of at least 2 voxels each way; "
             "choose one time point or channel, or the whole series."
         )
-    affine = np.array(image.affine, dtype=np.float64)
-    pixdim = np.asarray(raw["pixdim"][1:4], dtype=np.float64)
     if isinstance(image, nib.Nifti1Image) and not isinstance(image, nib.Nifti2Image) and not (pixdim > 0).all():
         raise InputError(
             f"{path}: voxel spacing is {pixdim.tolist()}, expected three positive numbers of mm; "
             "write the file again with its true spacing."
         )
-    if not image.header["sform_code"] and not image.header["qform_code"]:
+    if not oriented:
         warnings.warn(
             f"{path}: stores no orientation; it is read as NIfTI's default, columns running to the patient's right; "
             "left and right may be exchanged, check.",
             CTWarning,
             stacklevel=3,
         )
-    affine[:3] *= {"meter": 1e3, "micron": 1e-3}.get(image.header.get_xyzt_units()[0], 1.0)
+    affine[:3] *= unit_mm
     return data.transpose(2, 1, 0), _RAS_TO_LPS @ affine
 
 

@@ -69,7 +69,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # also a quota, or a limit on the size of files
             raise InputError(_FULL.format(path)) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(
@@ -81,7 +81,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             ) from error
         raise
     except SafetensorError as error:  # its writer wraps the system's error in a text
-        if "No space left" not in str(error):
+        if not any(words in str(error) for words in ("No space left", "quota exceeded", "File too large")):
             raise
         raise InputError(_FULL.format(path)) from error
     finally:
@@ -257,7 +257,8 @@ def read_safetensors(
     Files of other programs, and older ones, have no checksum and are read without it.
 
     Raises:
-        InputError: missing, truncated, changed since it was written, or another format (pickled ``.pt`` files are refused unread).
+        InputError: missing, truncated, changed since it was written, or another format (pickled ``.pt`` files are
+            refused unread).
     """
     path = require_file(path, "weights in safetensors format")
     try:

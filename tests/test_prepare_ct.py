@@ -125,7 +125,8 @@ def test_a_prepared_scan_is_what_the_library_makes_of_the_numbers(messy):
     assert not scan["labels"].any()
     found = read_npz(out / "patients" / report["nifti/ct.nii.gz"]["id"] / "ct.npz")
     assert set(np.unique(found["labels"])) == {0, 51}
-    assert (found["hu"][found["labels"] == 51] > 300).all(), "the label lies on the dense landmark"
+    inside = found["labels"] == 51  # its faces are mixed with what lies around it
+    assert found["hu"][inside].min() > 100 and found["hu"][inside].mean() > 350 > 200 > found["hu"][~inside].mean()
 
 
 def test_chapters_can_use_it(messy):
