@@ -28,7 +28,6 @@ from execution import MemoryWatch, end_orphans, now, only_one, refresh_text, run
 from fingerprint import chapter_key, core_hash, digest
 from notebook_checks import STANDARD_PARAMETERS, check_parameters, parameters_of, read_notebook
 
-from difr3ct_core.chapters import cohort_folder
 from difr3ct_core.files import InputError, read_json, write_json
 from difr3ct_core.presets import get_preset
 
@@ -79,8 +78,8 @@ class Book:
         return self.build / "executed" / self.preset / self.source(chapter).name
 
     def fill(self, text: str) -> str:
-        """``text`` with {preset}, {data}, {run} and {cohort}, the folder of the phantoms, filled in."""
-        cohort = cohort_folder(get_preset(self.preset)) if "{cohort}" in text else ""
+        """``text`` with {preset}, {data}, {run} and {cohort}, the folder of the patients, filled in."""
+        cohort = get_preset(self.preset).cohort_folder if "{cohort}" in text else ""
         return text.format(preset=self.preset, data=self.data, run=self.run, cohort=cohort)
 
     def parameters(self, chapter: str, only_known: bool) -> dict[str, Any]:

@@ -19,15 +19,10 @@ import io
 import json
 import math
 import multiprocessing
-import multiprocessing.connection
-import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +38,7 @@ from difr3ct_core.presets import PRESETS, VIEW_SETS, Preset, get_preset
 from difr3ct_core.progress import progress
 from difr3ct_core.results import provenance
 from difr3ct_core.views import DSD_MM, DSO_MM
+from difr3ct_core.workers import run_jobs
 from difr3ct_core.xrays import VIEWS_FILE, write_xrays
 
 _NOT_A_CT = ("label", "mask", "seg")
@@ -195,39 +191,6 @@ def _try(job: Job) -> tuple[list[str], str | None]:
         return [], f"{type(error).__name__}: {error}"
 
 
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    # A killed parent would leave its workers waiting for ever.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def run_jobs(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[str], str | None]]:
-    """Every job with its warnings and its reason of failure, as they finish.
-
-    If the system kills a worker (for memory, say), what is left is done one at a time, so that the culprit is known.
-    """
-    context = multiprocessing.get_context("spawn")
-    waiting = list(jobs)
-    while waiting:
-        count = min(workers, len(waiting))
-        try:
-            with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
-                futures = {pool.submit(_try, job): job for job in waiting}
-                for future in as_completed(futures):
-                    notes, reason = future.result()
-                    waiting.remove(futures[future])
-                    yield futures[future], notes, reason
-        except BrokenProcessPool:
-            if count == 1:
-                yield waiting.pop(0), [], "the process that projected it was killed; is there enough memory?"
-            workers = 1
-
-
 def parse_views(options: argparse.Namespace, preset: Preset) -> tuple[View, ...]:
     """The views from ``--views``: the name of a set, or angles in degrees."""
     angles: str | list[float] = options.views
@@ -269,7 +232,9 @@ def generate(folder: Path, out: Path, settings: Settings, workers: int) -> dict[
     began = time.monotonic()
     missing = [job for job in jobs if not is_finished(job)]
     report: dict[str, Any] = {"kept": len(jobs) - len(missing), "made": [], "set_aside": [], "warnings": {}}
-    for job, notes, reason in progress(run_jobs(missing, workers), "x-rays", len(jobs), len(jobs) - len(missing)):
+    done = run_jobs(_try, missing, workers)
+    for job, outcome in progress(done, "x-rays", len(jobs), len(jobs) - len(missing)):
+        notes, reason = outcome or ([], "the process that projected it was killed; is there enough memory?")
         if reason is None:
             report["made"].append(job.name)
         else:

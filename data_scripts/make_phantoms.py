@@ -12,10 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from difr3ct_core.chapters import cohort_folder
 from difr3ct_core.datasets import make_cohort
 from difr3ct_core.files import InputError
-from difr3ct_core.presets import PRESETS, get_preset
+from difr3ct_core.presets import PRESETS, REAL_COHORTS, get_preset
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,12 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
         preset = get_preset(options.preset)
         if options.cohort:
             preset = preset.replace(cohort={"cohort": options.cohort})
-        out = options.out or Path("data") / cohort_folder(preset)
-        folder = make_cohort(out, preset, options.workers)
+        folder = make_cohort(options.out or Path("data") / preset.cohort_folder, preset, options.workers)
     except InputError as error:
         print(f"make_phantoms: {error}", file=sys.stderr)
         return 2
     c = preset.cohort
+    if c.cohort in REAL_COHORTS:
+        print(f"{folder}: real scans, prepared before.")
+        return 0
     print(f"{folder}: {c.n_train} training, {c.n_val} validation and {c.n_test} test phantoms, {preset.volume.size}³.")
     return 0
 

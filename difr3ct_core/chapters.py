@@ -8,7 +8,7 @@ chapter can be run alone::
 
 Layout::
 
-    DATA/PRESET-COHORT/      the phantom cohort
+    DATA/PRESET-COHORT/      the cohort: phantoms, or prepared real scans (PRESET-lidc, at presets such as paper-lidc)
     DATA/sample_ct/          the real scan, if it was fetched
     RUN/vqgan/               autoencoder
     RUN/ldm-VIEWS/           one diffusion model per set of views, as in the paper
@@ -51,12 +51,6 @@ def project_root() -> Path:
     return here
 
 
-def cohort_folder(preset: Preset) -> str:
-    """Name of the folder of a preset's phantoms: "tiny-lung", and "tiny-thoracic" for the preset of that name."""
-    suffix = f"-{preset.cohort.cohort}"
-    return preset.name.removesuffix(suffix) + suffix
-
-
 class Chapter:
     """Data, models and results of one run of one chapter; make it with :func:`open_chapter`."""
 
@@ -76,9 +70,9 @@ class Chapter:
         return self.run / "results"
 
     def patients(self, split: str, view_set: str | None = None) -> Patients:
-        """Phantom patients of one split ("train", "val", "test"), with all x-rays or those of one set of views."""
+        """Patients of one split ("train", "val", "test"), with all x-rays or those of one set of views."""
         if split not in self._patients:
-            folder = self.data / cohort_folder(self.preset)
+            folder = self.data / self.preset.cohort_folder
             with first_alone():
                 make_cohort(folder, self.preset)
             self._patients[split] = load_patients(folder, split)

@@ -9,6 +9,7 @@ Source of all attribute meanings: DICOM PS3.3, C.7.6.2 (image plane), C.8.2.1 (C
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from .progress import progress
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2.1"
-_SUFFIXES = (".dcm", ".dicom", ".ima")
+SUFFIXES = (".dcm", ".dicom", ".ima")
 _NEEDED = (
     "ImagePositionPatient",
     "ImageOrientationPatient",
@@ -35,8 +36,10 @@ _NEEDED = (
     "RescaleSlope",
     "RescaleIntercept",
 )
+_LENGTHS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+_USED = (*_NEEDED, "SeriesInstanceUID", "SeriesDescription", "ImageType", "Modality", "RescaleType")
 #: A slice may be off its place by this share of the slice distance; a missing slice is off by a whole one.
-_POSITION_TOLERANCE = 0.1
+POSITION_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,14 @@ class _Slice:
 
 
 def read_dicom_series(
-    path: str | Path, series_uid: str | None = None
+    path: str | Path, series_uid: str | None = None, files: Sequence[str | Path] | None = None
 ) -> tuple[Float[np.ndarray, "slice row column"], Float[np.ndarray, "4 4"]]:
     """Read a CT series.
 
     Args:
         path: a folder (searched with its subfolders), or one file of the series (its folder is searched).
         series_uid: SeriesInstanceUID to take when there are several CT series.
+        files: the files to read; the folder is not searched then.
 
     Returns:
         HU as float32, and the affine (column, row, slice index, 1) → LPS mm.
@@ -71,11 +75,13 @@ def read_dicom_series(
             missing attributes, damaged file.
     """
     path = Path(path)
-    if path.is_dir():
+    if files is not None:
+        headers = _read_headers(path, [Path(name) for name in files])
+    elif path.is_dir():
         headers = _read_headers(path, sorted(p for p in path.rglob("*") if p.is_file()))
     else:
         require_file(path, "a DICOM file of a CT series")
-        first = _read_header(path, strict=True)
+        first = read_header(path, strict=True)
         series_uid = series_uid or str(getattr(first.header, "SeriesInstanceUID", ""))
         path = path.parent
         headers = _read_headers(path, sorted(p for p in path.iterdir() if p.is_file()))
@@ -85,24 +91,35 @@ def read_dicom_series(
     return np.stack([_read_hu(item) for item in with_progress]), affine
 
 
-def _read_header(path: Path, strict: bool) -> _Slice | None:
+def read_header(path: Path, strict: bool) -> _Slice | None:
+    """The header of one file; None if it is not DICOM and that is allowed (not ``strict``).
+
+    Raises:
+        InputError: not a complete DICOM file, or an attribute that cannot be what it should be.
+    """
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, force=strict)
         if "SOPClassUID" not in header:
             raise InvalidDicomError("no SOPClassUID")
+        for name in _USED:  # pydicom converts when asked: damaged values show here, not somewhere later
+            getattr(header, name, None)
+        for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+            values = [float(value) for value in getattr(header, name, None) or []]
+            if values and (len(values) != _LENGTHS[name] or not np.isfinite(values).all()):
+                raise ValueError(f"{name} is {values}, expected {_LENGTHS[name]} finite numbers")
         return _Slice(path, header)
-    except (InvalidDicomError, EOFError, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # pydicom raises many types for damaged bytes
         if not strict:
             return None
         raise InputError(
-            f"{path}: is not a complete DICOM file ({error or type(error).__name__}), expected a CT slice; "
-            "copy it again or remove it."
+            f"{path}: is not a complete DICOM file ({' '.join(str(error).split()) or type(error).__name__}), expected "
+            "a CT slice; copy it again or remove it."
         ) from error
 
 
 def _read_headers(folder: Path, files: list[Path]) -> list[_Slice]:
     # Other files may lie about (notes, checksums); one that is named DICOM must be DICOM.
-    found = [_read_header(p, strict=p.suffix.lower() in _SUFFIXES) for p in files if p.name.upper() != "DICOMDIR"]
+    found = [read_header(p, strict=p.suffix.lower() in SUFFIXES) for p in files if p.name.upper() != "DICOMDIR"]
     headers = [item for item in found if item is not None]
     if not headers:
         raise InputError(
@@ -198,7 +215,7 @@ def _sort_and_place(folder: Path, slices: list[_Slice]) -> np.ndarray:
         )
     typical = float(np.median(gaps))
     worst = int(np.abs(gaps - typical).argmax())
-    if abs(gaps[worst] - typical) > _POSITION_TOLERANCE * typical:
+    if abs(gaps[worst] - typical) > POSITION_TOLERANCE * typical:
         raise InputError(
             f"{folder}: the gap between {slices[worst].path.name} and {slices[worst + 1].path.name} is "
             f"{gaps[worst]:.3f} mm, expected {typical:.3f} mm as elsewhere; slices are missing or unevenly spaced, "

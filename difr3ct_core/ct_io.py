@@ -8,10 +8,12 @@ x and y the other way (RAS), which only this file needs to know.
 
 from __future__ import annotations
 
+import gzip
 import warnings
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -19,8 +21,6 @@ import SimpleITK as sitk
 import torch
 from jaxtyping import Float, Integer
 from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -31,6 +31,8 @@ from .files import InputError, atomic_path, require_file
 AIR_HU = -1024.0
 #: Resample when treating the axes as aligned would move a corner by more than this share of a voxel.
 _ALIGNED_TOLERANCE = 0.02
+#: A turned volume fills at most about five times its voxels; a damaged affine can ask for any number.
+_GROWTH = 8
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -141,6 +143,11 @@ def to_lps(
     else:
         reach = np.abs(matrix) @ (shape - 1)
         count = np.ceil(reach / new_spacing - 1e-6).astype(int) + 1
+        if count.prod(dtype=float) > _GROWTH * array.size + 1e6:
+            raise InputError(
+                f"{name}: the affine {matrix.round(4).tolist()} is so oblique that the volume would grow from "
+                f"{shape.tolist()} to {count.tolist()} voxels, expected axes nearly at right angles; check it."
+            )
         image = sitk.GetImageFromArray(array)
         image.SetOrigin(affine[:3, 3].tolist())
         image.SetSpacing(spacing.tolist())
@@ -158,12 +165,13 @@ def to_lps(
     return out, result
 
 
-def read_ct(path: str | Path, series_uid: str | None = None) -> CTVolume:
+def read_ct(path: str | Path, series_uid: str | None = None, files: Sequence[str | Path] | None = None) -> CTVolume:
     """Read a CT from a NIfTI file, a folder with a DICOM series, or one file of such a series.
 
     Args:
         path: ``.nii``, ``.nii.gz``, a folder, or a DICOM file.
         series_uid: SeriesInstanceUID, when a folder holds several CT series.
+        files: the slices, when they are known; the folder is not searched then.
 
     Returns:
         the CT on LPS axes; values below -1024 HU (outside the field of view) are set to -1024.
@@ -175,7 +183,7 @@ def read_ct(path: str | Path, series_uid: str | None = None) -> CTVolume:
     if path.is_dir() or not path.name.lower().endswith((".nii", ".nii.gz")):
         if not path.is_dir():
             require_file(path, "a CT as NIfTI (.nii, .nii.gz) or DICOM")
-        array, affine = read_dicom_series(path, series_uid)
+        array, affine = read_dicom_series(path, series_uid, files)
     else:
         array, affine = _read_nifti(path, "a CT as NIfTI")
         array = array.astype(np.float32, copy=False)
@@ -236,10 +244,15 @@ def _read_nifti(path: Path, what: str) -> tuple[np.ndarray, np.ndarray]:
             raise InputError(
                 f"{path}: data type is {image.get_data_dtype()}, expected one number per voxel; convert it."
             )
+        _check_length(path, image)
         data = image.get_fdata(caching="unchanged", dtype=np.float32)  # float64 would double the memory
+        affine = np.array(image.affine, dtype=np.float64)
+        pixdim = np.asarray(raw["pixdim"][1:4], dtype=np.float64)
+        oriented = bool(image.header["sform_code"]) or bool(image.header["qform_code"])
+        unit_mm = {"meter": 1e3, "micron": 1e-3}.get(image.header.get_xyzt_units()[0], 1.0)
     except InputError:
         raise
-    except (ImageFileError, HeaderDataError, WrapStructError, EOFError, OSError, ValueError, zlib.error) as error:
+    except Exception as error:  # nibabel, zlib and numpy raise many types for damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{path}: cannot be read as NIfTI ({reason}), expected {what}; "
@@ -252,22 +265,57 @@ def _read_nifti(path: Path, what: str) -> tuple[np.ndarray, np.ndarray]:
             f"{path}: shape is {tuple(image.shape)}, expected a 3D volume of at least 2 voxels each way; "
             "choose one time point or channel, or the whole series."
         )
-    affine = np.array(image.affine, dtype=np.float64)
-    pixdim = np.asarray(raw["pixdim"][1:4], dtype=np.float64)
     if isinstance(image, nib.Nifti1Image) and not isinstance(image, nib.Nifti2Image) and not (pixdim > 0).all():
         raise InputError(
             f"{path}: voxel spacing is {pixdim.tolist()}, expected three positive numbers of mm; "
             "write the file again with its true spacing."
         )
-    if not image.header["sform_code"] and not image.header["qform_code"]:
+    if not oriented:
         warnings.warn(
             f"{path}: stores no orientation; it is read as NIfTI's default, columns running to the patient's right; "
             "left and right may be exchanged, check.",
             CTWarning,
             stacklevel=3,
         )
-    affine[:3] *= {"meter": 1e3, "micron": 1e-3}.get(image.header.get_xyzt_units()[0], 1.0)
+    affine[:3] *= unit_mm
     return data.transpose(2, 1, 0), _RAS_TO_LPS @ affine
+
+
+def _check_length(path: Path, image: nib.Nifti1Image) -> None:
+    """Compare what the header promises with what the file holds, before memory is asked for it.
+
+    A compressed file is read to its end: only there does its checksum tell whether its bytes are right.
+    """
+    length = path.stat().st_size
+    if path.name.lower().endswith(".gz"):
+        with gzip.open(path) as stream:
+            length = sum(map(len, iter(lambda: stream.read(1 << 20), b"")))
+    promised = image.dataobj.offset + int(np.prod(image.shape, dtype=object)) * image.get_data_dtype().itemsize
+    if promised > length:
+        raise ValueError(f"its header promises {promised} bytes, it holds {length}")
+
+
+def nifti_facts(path: str | Path) -> dict[str, Any]:
+    """What the header of a NIfTI file says, for the quality report of :mod:`.preparation`.
+
+    Raises:
+        InputError: not NIfTI.
+    """
+    path = require_file(path, "a CT as NIfTI")
+    try:
+        image = nib.load(path)
+        zooms = [round(float(value), 4) for value in image.header.get_zooms()[:3]]
+        slope, intercept = image.dataobj.slope, image.dataobj.inter
+        return {
+            **dict(zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), zooms, strict=False)),
+            "slices": int(image.shape[2]) if len(image.shape) > 2 else 1,
+            "compressed": path.name.lower().endswith(".gz"),
+            "rescale_slope": f"{float(slope):g}",
+            "rescale_intercept": f"{float(intercept):g}",
+        }
+    except Exception as error:  # nibabel raises many types for damaged bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: cannot be read as NIfTI ({reason}), expected a CT; copy it again.") from error
 
 
 def write_nifti(

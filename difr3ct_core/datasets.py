@@ -32,8 +32,9 @@ from .drr import project
 from .files import InputError, read_json, read_npz, write_json, write_npz
 from .geometry import View, standard_views, views_from_json, views_to_json
 from .phantoms import make_phantom
-from .presets import VIEW_SETS, Preset, VolumePreset, XrayPreset
+from .presets import REAL_COHORTS, VIEW_SETS, Preset, VolumePreset, XrayPreset
 from .progress import progress
+from .workers import start_worker
 
 SPLITS = ("train", "val", "test")
 
@@ -154,7 +155,7 @@ def _majority(labels: UInt8[Tensor, "z y x"], factor: int) -> UInt8[Tensor, "z y
 
 
 def make_cohort(folder: str | Path, preset: Preset, workers: int | None = None) -> Path:
-    """Make, or complete, the phantom cohort of a preset.
+    """Make, or complete, the phantom cohort of a preset; of a preset on real scans, check that they are prepared.
 
     Args:
         folder: where; made if missing.
@@ -165,11 +166,13 @@ def make_cohort(folder: str | Path, preset: Preset, workers: int | None = None) 
         the folder.
 
     Raises:
-        InputError: the folder holds a cohort made with other numbers.
+        InputError: the folder holds a cohort made with other numbers, or real scans were not prepared yet.
     """
     folder = Path(folder)
     manifest = folder / "manifest.json"
     c = preset.cohort
+    if c.cohort in REAL_COHORTS:
+        return _require_prepared(folder, preset)
     if c.draw_size % preset.volume.size:
         raise InputError(f"cohort.draw_size: found {c.draw_size}, expected a multiple of {preset.volume.size}.")
     patients = []
@@ -205,7 +208,7 @@ def make_cohort(folder: str | Path, preset: Preset, workers: int | None = None) 
         return folder
     # "spawn": forking a process that already runs torch threads can hang. One thread each: one patient a process.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
         futures = [pool.submit(_make_phantom_patient, job) for job in missing]
         try:
             for future in progress(as_completed(futures), "phantom cohort", len(futures)):
@@ -216,11 +219,30 @@ def make_cohort(folder: str | Path, preset: Preset, workers: int | None = None) 
     return folder
 
 
+def _require_prepared(folder: Path, preset: Preset) -> Path:
+    """The folder of a cohort of real scans, which nothing here can make."""
+    path, command = folder / "manifest.json", f"python data_scripts/prepare_ct.py CT_FOLDER {folder}"
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file, expected the cohort {preset.cohort.cohort!r} of preset {preset.name!r}; prepare it "
+            f"first: `{command} --preset {preset.name}`."
+        )
+    found = read_json(path, "the manifest of a cohort")
+    key = found.get("key") if isinstance(found, dict) else None
+    expected = {"volume": dataclasses.asdict(preset.volume), "xray": dataclasses.asdict(preset.xray)}
+    if not isinstance(key, dict) or {name: key.get(name) for name in expected} != expected:
+        raise InputError(
+            f"{path}: the cohort there was made with other numbers than preset {preset.name!r} has; remove the folder "
+            f"and prepare it again: `{command} --preset {preset.name}`."
+        )
+    return folder
+
+
 def load_patients(folder: str | Path, split: str, limit: int | None = None) -> Patients:
     """Read one split of a cohort into memory.
 
     Args:
-        folder: made by :func:`make_cohort`.
+        folder: made by :func:`make_cohort` or :func:`difr3ct_core.preparation.prepare_cohort`.
         split: "train", "val" or "test".
         limit: at most so many patients.
 

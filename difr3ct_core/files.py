@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -31,6 +32,8 @@ class InputError(ValueError):
     """Bad input from a user: the message is one clear sentence, fit to print without a traceback."""
 
 
+#: Name of the checksum among the metadata of a safetensors file.
+_CHECKSUM = "content_sha256"
 _FULL = "{}: no space left on the device; nothing was changed. Free some space and run again."
 
 
@@ -66,7 +69,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # also a quota, or a limit on the size of files
             raise InputError(_FULL.format(path)) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(
@@ -78,7 +81,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             ) from error
         raise
     except SafetensorError as error:  # its writer wraps the system's error in a text
-        if "No space left" not in str(error):
+        if not any(words in str(error) for words in ("No space left", "quota exceeded", "File too large")):
             raise
         raise InputError(_FULL.format(path)) from error
     finally:
@@ -105,6 +108,43 @@ def _remove_leftovers(folder: Path, prefix: str, suffix: str) -> None:
             with contextlib.suppress(OSError), open(leftover, "rb") as handle:
                 if _lock(handle.fileno()):
                     leftover.unlink()
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path, work: str) -> Iterator[None]:
+    """Hold a folder for one writer: two runs into one folder would each replace what the other has written.
+
+    The lock is on the folder itself, so no file is left behind, and the system releases it when the process ends,
+    however it ends. File systems without such locks (some network ones) give no protection, and no error.
+
+    Args:
+        folder: made if missing.
+        work: what the writer does, for the message, such as "a training".
+
+    Raises:
+        InputError: another process holds the folder, or it cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be used ({error.strerror}), expected a folder for {work}; choose another one."
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another process is at work there, expected this to be the only one; wait until {work} "
+                "has ended, or choose another folder."
+            ) from None
+        except OSError:
+            pass  # no locks there
+        yield
+    finally:
+        os.close(handle)
 
 
 def require_file(path: str | Path, what: str) -> Path:
@@ -165,11 +205,11 @@ def read_npz(path: str | Path, required: tuple[str, ...] = ()) -> dict[str, np.n
     """
     path = require_file(path, "an NPZ file")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a single array, not an archive of named arrays")
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
+        # Each member is read to its end: only there does the archive's checksum tell whether its bytes are right, and
+        # NumPy alone would stop before it where a damaged header promises a smaller array.
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        arrays = {name.removesuffix(".npy"): _read_array(data) for name, data in members.items()}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(
             f"{path}: cannot be read as NPZ ({error}); it may be truncated, make or copy it again."
@@ -182,29 +222,56 @@ def read_npz(path: str | Path, required: tuple[str, ...] = ()) -> dict[str, np.n
     return arrays
 
 
+def _read_array(data: bytes) -> np.ndarray:
+    stream = io.BytesIO(data)
+    array = np.lib.format.read_array(stream, allow_pickle=False)
+    if stream.tell() != len(data):
+        raise ValueError("an array is followed by other bytes")
+    return array
+
+
+def _content_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of names, types, shapes and bytes of all tensors, and of the metadata."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors with JSON-encoded metadata values, atomically."""
+    """Write tensors with JSON-encoded metadata values, atomically, and a checksum of it all: the format has none."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
     with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        save_file(plain, temporary, metadata={**texts, _CHECKSUM: _content_digest(plain, texts)})
 
 
 def read_safetensors(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read tensors and metadata written by :func:`write_safetensors`.
+    """Read tensors and metadata written by :func:`write_safetensors`, and compare them with their checksum.
+
+    Files of other programs, and older ones, have no checksum and are read without it.
 
     Raises:
-        InputError: missing, truncated, or another format (pickled ``.pt`` files are refused unread).
+        InputError: missing, truncated, changed since it was written, or another format (pickled ``.pt`` files are
+            refused unread).
     """
     path = require_file(path, "weights in safetensors format")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as handle:
+        with safe_open(path, framework="pt", device="cpu") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
-            metadata = {key: json.loads(value) for key, value in (handle.metadata() or {}).items()}
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError, ValueError) as error:
+            texts = handle.metadata() or {}
+        checksum = texts.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != _content_digest(tensors, texts):
+            raise ValueError("its content does not have the checksum that was stored with it")
+        metadata = {key: json.loads(value) for key, value in texts.items()}
+    except Exception as error:  # its reader raises errors of many libraries for damaged headers
         raise InputError(
             f"{path}: is not a complete safetensors file ({error}); it may be truncated or of another format, "
             "train again or copy it again (pickled .pt files are never loaded)."
         ) from error
-    return tensors, metadata
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata

@@ -29,6 +29,9 @@ VIEW_SETS: dict[str, tuple[float, ...]] = {
     "1view_lateral": (0.0,),
 }
 
+#: Cohorts of real scans, which data_scripts/prepare_ct.py makes; their patients are counted, not chosen.
+REAL_COHORTS = ("lidc",)
+
 
 @dataclass(frozen=True)
 class VolumePreset:
@@ -69,7 +72,7 @@ class CohortPreset:
     n_val: int
     n_test: int
     draw_size: int  # the phantom is drawn on this grid and averaged down to the volume's
-    cohort: str = "lung"  # "lung" (as LIDC) or "thoracic" (after mastectomy)
+    cohort: str = "lung"  # phantoms: "lung" (as LIDC) or "thoracic" (after mastectomy); or one of REAL_COHORTS
     seed: int = 2024
 
 
@@ -220,6 +223,12 @@ class Preset:
         edge = self.volume.size // 2**self.vqgan.levels
         return (self.vqgan.latent_channels, edge, edge, edge)
 
+    @property
+    def cohort_folder(self) -> str:
+        """Name of the cohort's folder below the data folder: PRESET-COHORT."""
+        ending = f"-{self.cohort.cohort}"
+        return self.name if self.name.endswith(ending) else self.name + ending
+
     def to_dict(self) -> dict[str, Any]:
         """As nested dictionaries of JSON types."""
         return dataclasses.asdict(self)
@@ -368,10 +377,10 @@ COHORTS = ("lung", "thoracic", "intact")
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called ``name``.
+    """The preset called ``name``; with the name of a real cohort behind it, such as ``paper-lidc``, on that cohort.
 
     Args:
-        name: "tiny", "small" or "paper"; with "-lung", "-thoracic" or "-intact" at its end, on that cohort; or a JSON
+        name: "tiny", "small" or "paper"; with "-lung", "-thoracic", "-intact" or "-lidc" at its end, on that cohort; or a JSON
             file of :meth:`Preset.to_dict`, for numbers of one's own.
 
     Raises:
@@ -380,9 +389,9 @@ def get_preset(name: str) -> Preset:
     if name.endswith(".json"):
         return Preset.from_dict(read_json(name, "a preset"))
     size, dash, cohort = name.partition("-")
-    if size not in PRESETS or (dash and cohort not in COHORTS):
+    if size not in PRESETS or (dash and cohort not in (*COHORTS, *REAL_COHORTS)):
         raise InputError(
             f"preset: found {name!r}, expected one of {', '.join(PRESETS)}, with or without one of "
-            f"{', '.join(f'-{cohort}' for cohort in COHORTS)}, or a JSON file."
+            f"{', '.join(f'-{cohort}' for cohort in (*COHORTS, *REAL_COHORTS))}, or a JSON file."
         )
     return PRESETS[size].replace(name=name, cohort={"cohort": cohort}) if dash else PRESETS[size]

@@ -25,7 +25,7 @@ from . import processes
 from .checkpoints import differences, load_state
 from .datasets import Patients, batch_index
 from .diffusion import LatentDiffusion, diffusion_loss
-from .files import InputError, read_safetensors, write_safetensors
+from .files import InputError, alone_in, read_safetensors, write_safetensors
 from .geometry import views_to_json
 from .initial import initial_latent
 from .metrics import psnr
@@ -126,7 +126,8 @@ def _look(path: Path, fingerprint: dict[str, Any]) -> bool:
             number = 1
             while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
                 number += 1
-            folder.rename(aside)
+            with alone_in(folder, "the other training"):  # never from under a run
+                folder.rename(aside)
             changed = differences(metadata.get("fingerprint"), fingerprint)
             print(f"{folder}: the run there was made with other numbers ({changed}); moved to {aside.name}.")
             return False

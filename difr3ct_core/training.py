@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from . import processes
 from .checkpoints import Log, load_checkpoint, save_checkpoint, tensorboard
-from .files import InputError
+from .files import InputError, alone_in
 from .presets import TrainPreset
 from .progress import progress
 
@@ -131,9 +131,26 @@ def fit(
 
     Raises:
         TrainingError: the loss or its gradient is not finite, or the GPU's memory does not suffice.
-        InputError: the checkpoint is damaged or was made with other numbers.
+        InputError: the checkpoint is damaged or was made with other numbers, or another run is at work in ``folder``.
     """
-    folder = Path(folder)
+    with alone_in(folder, "the other training") if processes.rank() == 0 else contextlib.nullcontext():
+        return _fit(
+            module, loss_of_step, settings, Path(folder), fingerprint, label, seed, validate, stop_after, opponent
+        )
+
+
+def _fit(
+    module: nn.Module,
+    loss_of_step: LossOfStep,
+    settings: TrainPreset,
+    folder: Path,
+    fingerprint: dict[str, Any],
+    label: str,
+    seed: int,
+    validate: Callable[[nn.Module], dict[str, float]] | None,
+    stop_after: int | None,
+    opponent: Opponent | None,
+) -> nn.Module:
     device = next(module.parameters()).device
     average = copy.deepcopy(module) if settings.ema_decay > 0 else module
     modules: dict[str, nn.Module] = {"model": module}

@@ -13,7 +13,7 @@ from build_html import linked_results
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from run_chapters import Book
 
-from difr3ct_core.chapters import Chapter, cohort_folder
+from difr3ct_core.chapters import Chapter
 from difr3ct_core.figures.models import schedules
 from difr3ct_core.figures.style import Frames, origin_html
 from difr3ct_core.files import InputError
@@ -111,14 +111,14 @@ def test_a_preset_may_name_its_cohort(tmp_path: Path) -> None:
     for cohort in COHORTS:
         preset = get_preset(f"tiny-{cohort}")
         assert preset.cohort.cohort == cohort and preset.volume == get_preset("tiny").volume
-        assert cohort_folder(preset) == f"tiny-{cohort}"
-    assert cohort_folder(get_preset("tiny")) == "tiny-lung"
+        assert preset.cohort_folder == f"tiny-{cohort}"
+    assert get_preset("tiny").cohort_folder == "tiny-lung"
     for preset, folder in (("tiny", "tiny-lung"), ("tiny-thoracic", "tiny-thoracic")):
         book = Book(ROOT, preset)
         assert [book.fill(made) for made in book.steps["phantoms"]["makes"]] == [f"data/{folder}/manifest.json"]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(get_preset("tiny").replace(name="mine", sampling={"steps": 3}).to_dict()))
-    assert get_preset(str(path)).sampling.steps == 3 and cohort_folder(get_preset(str(path))) == "mine-lung"
+    assert get_preset(str(path)).sampling.steps == 3 and get_preset(str(path)).cohort_folder == "mine-lung"
     for bad in ("tiny-", "tiny-brain", "huge-lung", str(tmp_path / "none.json")):
         with pytest.raises(InputError, match="expected"):
             get_preset(bad)
