@@ -148,6 +148,9 @@
       logLevel: "error",
       multiplanarShowRender: software ? 0 : 1,
       isRadiologicalConvention: true,
+      sagittalNoseLeft: true,
+      crosshairWidth: 0.5,
+      crosshairColor: [0.34, 0.71, 0.91, 0.8],
       showLegend: false,
     });
     await view.attachToCanvas(canvas, !software);
