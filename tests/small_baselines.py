@@ -13,8 +13,8 @@ from difr3ct_core.presets import FusionPreset, TrainPreset, UNetPreset
 
 FAST = TrainPreset(steps=3, batch_size=2, lr=1e-3, warmup_steps=1, precision="fp32")
 NAF_SMALL = NAFPreset(
-    TrainPreset(steps=150, batch_size=256, lr=1e-2, lr_decay="late_tenth", ema_decay=0.0, precision="fp32"),
-    levels=2, base=8, log2_table=11, width=16, samples=32,
+    TrainPreset(steps=150, batch_size=192, lr=1e-2, lr_decay="late_tenth", ema_decay=0.0, precision="fp32"),
+    levels=2, base=8, log2_table=11, width=16, samples=24,
 )  # fmt: skip
 INRR3CT_SMALL = INRR3CTPreset(
     FAST, unet=FusionPreset(widths=(8, 16), out_channels=16, groups=2), width=32, octaves=2, points=1024
