@@ -210,7 +210,7 @@ def _heart(hu: np.ndarray, cage: Mask, lungs: Mask, masks: dict[str, Mask], grid
     """Soft tissue between the lungs, from the domes of the diaphragm up to a third of the height of the lungs.
 
     Where diaphragm and heart touch, no threshold finds the border: the domes beside the heart are joined by a plane.
-    Great vessels fall off by an opening with a ball of 14 mm, liver by the plane.
+    Great vessels fall off by an opening with a ball of 14 mm, or less if that leaves no heart; liver by the plane.
     """
     dy, dx = grid.spacing[1:]
     z, y, x = (np.arange(n) * d for n, d in zip(hu.shape, grid.spacing, strict=True))
@@ -230,7 +230,10 @@ def _heart(hu: np.ndarray, cage: Mask, lungs: Mask, masks: dict[str, Mask], grid
     between = cage & ~lungs & (hu > -50.0) & (z[:, None, None] > floor) & (z[:, None, None] < top)
     rows = np.flatnonzero(cage.any((0, 2)))
     between &= (y < y[rows[0]] + 0.72 * (y[rows[-1]] - y[rows[0]]))[None, :, None]  # in front of the spine
-    heart = _largest(grid.opening(between, 14.0))
+    for radius in (14.0, 11.0, 8.0):  # a blurred or small heart does not hold the larger ball
+        heart = _largest(grid.opening(between, radius))
+        if grid.volume(heart) >= _HEART_CM3[0]:
+            break
     if not _HEART_CM3[0] <= grid.volume(heart) <= _HEART_CM3[1]:
         raise NotPlannable(
             f"found {grid.volume(heart):.0f} cm³ of soft tissue between the lungs, expected a heart of "
