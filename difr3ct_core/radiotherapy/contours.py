@@ -215,12 +215,12 @@ def _heart(hu: np.ndarray, cage: Mask, lungs: Mask, masks: dict[str, Mask], grid
     dy, dx = grid.spacing[1:]
     z, y, x = (np.arange(n) * d for n, d in zip(hu.shape, grid.spacing, strict=True))
     domes = []
-    for name, outward, share in (("lung_right", -1.0, 85), ("lung_left", 1.0, 50)):
+    for name, outward, share in (("lung_right", -1.0, 65), ("lung_left", 1.0, 50)):
         lung = masks[name]
         footprint = np.argwhere(lung.any(0)) * (dy, dx)
         centre = footprint.mean(0) + ((0.0, 0.0) if outward < 0 else (10.0, 12.0))
         lowest = np.where(lung.any(0), z[np.argmax(lung, axis=0)], np.nan)
-        near = (y[:, None] - centre[0]) ** 2 + (x[None] - centre[1]) ** 2 < 35.0**2
+        near = (y[:, None] - centre[0]) ** 2 + (x[None] - centre[1]) ** 2 < 28.0**2
         domes.append((centre[1], float(np.nanpercentile(lowest[near], share))))
     (x_right, z_right), (x_left, z_left) = domes
     across = np.clip((x - x_right) / (x_left - x_right), 0, 1)
