@@ -45,13 +45,14 @@ def contours(result: Result) -> Figure:
     Arrays: ``hu``, ``mask_NAME``, ``label_NAME``; values ``dice`` (name → Dice), ``side``.
     """
     a, v = result.arrays, result.values
-    breast = a.get(f"mask_breast_{v['side']}", a["mask_heart"])
+    # The true ones say where to look: a contour that the rules could not draw must not move the slices.
+    breast, heart = a[f"label_breast_{v['side']}"], a["label_heart"]
     z = _middle_of(breast, 0)
-    low = _middle_of(a["mask_heart"], 0)
+    low = _middle_of(heart, 0)
     slices = (
         ("axial", z),
         ("axial", low),
-        ("coronal", _middle_of(a["mask_heart"], 1)),
+        ("coronal", _middle_of(heart, 1)),
         ("sagittal", _middle_of(breast, 2)),
     )
     figure, axes = new_figure(11.5, 3.7, 1, 4)

@@ -210,17 +210,17 @@ def _heart(hu: np.ndarray, cage: Mask, lungs: Mask, masks: dict[str, Mask], grid
     """Soft tissue between the lungs, from the domes of the diaphragm up to a third of the height of the lungs.
 
     Where diaphragm and heart touch, no threshold finds the border: the domes beside the heart are joined by a plane.
-    Great vessels fall off by an opening with a ball of 14 mm, liver by the plane.
+    Great vessels fall off by an opening with a ball of 14 mm, or less if that leaves no heart; liver by the plane.
     """
     dy, dx = grid.spacing[1:]
     z, y, x = (np.arange(n) * d for n, d in zip(hu.shape, grid.spacing, strict=True))
     domes = []
-    for name, outward, share in (("lung_right", -1.0, 85), ("lung_left", 1.0, 50)):
+    for name, outward, share in (("lung_right", -1.0, 65), ("lung_left", 1.0, 50)):
         lung = masks[name]
         footprint = np.argwhere(lung.any(0)) * (dy, dx)
         centre = footprint.mean(0) + ((0.0, 0.0) if outward < 0 else (10.0, 12.0))
         lowest = np.where(lung.any(0), z[np.argmax(lung, axis=0)], np.nan)
-        near = (y[:, None] - centre[0]) ** 2 + (x[None] - centre[1]) ** 2 < 35.0**2
+        near = (y[:, None] - centre[0]) ** 2 + (x[None] - centre[1]) ** 2 < 28.0**2
         domes.append((centre[1], float(np.nanpercentile(lowest[near], share))))
     (x_right, z_right), (x_left, z_left) = domes
     across = np.clip((x - x_right) / (x_left - x_right), 0, 1)
@@ -230,7 +230,10 @@ def _heart(hu: np.ndarray, cage: Mask, lungs: Mask, masks: dict[str, Mask], grid
     between = cage & ~lungs & (hu > -50.0) & (z[:, None, None] > floor) & (z[:, None, None] < top)
     rows = np.flatnonzero(cage.any((0, 2)))
     between &= (y < y[rows[0]] + 0.72 * (y[rows[-1]] - y[rows[0]]))[None, :, None]  # in front of the spine
-    heart = _largest(grid.opening(between, 14.0))
+    for radius in (14.0, 11.0, 8.0):  # a blurred or small heart does not hold the larger ball
+        heart = _largest(grid.opening(between, radius))
+        if grid.volume(heart) >= _HEART_CM3[0]:
+            break
     if not _HEART_CM3[0] <= grid.volume(heart) <= _HEART_CM3[1]:
         raise NotPlannable(
             f"found {grid.volume(heart):.0f} cm³ of soft tissue between the lungs, expected a heart of "
