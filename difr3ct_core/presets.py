@@ -380,8 +380,8 @@ def get_preset(name: str) -> Preset:
     """The preset called ``name``; with the name of a real cohort behind it, such as ``paper-lidc``, on that cohort.
 
     Args:
-        name: "tiny", "small" or "paper"; with "-lung", "-thoracic", "-intact" or "-lidc" at its end, on that cohort; or a JSON
-            file of :meth:`Preset.to_dict`, for numbers of one's own.
+        name: "tiny", "small" or "paper"; with "-lung", "-thoracic", "-intact" or "-lidc" at its end, on that cohort;
+            or a JSON file of :meth:`Preset.to_dict`, for numbers of one's own.
 
     Raises:
         InputError: no such preset, or a file that holds none.
