@@ -17,7 +17,7 @@ from difr3ct_core import chapters, reconstruct
 from difr3ct_core.chapters import Chapter
 from difr3ct_core.checkpoints import read_log
 from difr3ct_core.datasets import preset_views
-from difr3ct_core.files import InputError
+from difr3ct_core.files import InputError, read_safetensors
 from difr3ct_core.weights import load_ldm, load_vqgan
 
 from small_models import SMALL  # isort: skip
@@ -77,6 +77,33 @@ def test_the_any_view_model_serves_where_no_other_was_shipped(shipped, tmp_path,
     assert chapter.weights("ldm-8view") == any_view
     assert chapter.weights("ldm-2view").name == "tiny-ldm-2view.safetensors"
     any_view.unlink()
+
+
+def test_where_weights_ship_a_short_training_is_made_beside_them(shipped, tmp_path, monkeypatch):
+    """It is the beginning of the whole training, is made once, and stands aside where the run trained its own."""
+    monkeypatch.chdir(shipped)
+    preset = SMALL.replace(book={"scratch_steps": 2})
+    chapter = Chapter("x", preset, tmp_path / "data", tmp_path / "run", 0, torch.device("cpu"))
+    chapter._patients["train"] = patients()
+    for model in ("vqgan", "ldm-2view"):
+        own = chapter.short_run(model)
+        steps, losses = read_log(own, "loss")
+        assert steps == [0, 1] and own != chapter.log(model)
+        before = (own / "checkpoint.safetensors").stat().st_mtime_ns
+        assert chapter.short_run(model) == own and (own / "checkpoint.safetensors").stat().st_mtime_ns == before
+        assert losses[0] == pytest.approx(read_log(shipped / "run" / model, "loss")[1][0], rel=1e-3)
+    (tmp_path / "run" / "vqgan").mkdir(parents=True)
+    assert chapter.short_run("vqgan") == chapter.log("vqgan") == tmp_path / "run" / "vqgan"
+
+
+def test_the_card_tells_what_is_special(shipped):
+    _, metadata = read_safetensors(shipped / "run" / "ldm-2view" / "weights.safetensors")
+    metadata["fingerprint"]["start"] = "0123"
+    metadata["preset"]["initial"] = {"solver": "tv_body", "iterations": 60}
+    card = ship_weights.card("ldm-2view", metadata, 1.0, shipped / "nothing.json", "It was interrupted once.")
+    for words in ("- **How it went**: It was interrupted once.", "`tv_body`, 60 iterations", "initial.iterations=60",
+                  "--start runs/tiny/ldm-any`", "Not measured yet"):  # fmt: skip
+        assert words in card, words
 
 
 def test_too_large_and_nothing_there(shipped, tmp_path, monkeypatch, capsys):
