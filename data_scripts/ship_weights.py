@@ -69,7 +69,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         preset=preset["name"], views=model.removeprefix("ldm-"), settings=settings_of(stage, preset)
     )
     if "start" in metadata["fingerprint"]:
-        command += f" --start runs/{preset['name']}/ldm-any"
+        command += f" --weights runs/{preset['name']}/ldm-any"
     size, initial = preset["volume"]["size"], preset.get("initial", {})
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
     if preset["vqgan"].get("image_gan_weight") or metadata.get("perceptual"):

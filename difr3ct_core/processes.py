@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import torch
@@ -82,6 +82,18 @@ def gather_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "m d"]:
     parts = [torch.empty_like(rows) for _ in range(count())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def computed_together(rows: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """``work(rows)``, of which every process computes a part; ``work`` must treat each row by itself.
+
+    Where the number of rows does not divide, the last ones are computed more than once and dropped again.
+    """
+    if count() == 1:
+        return work(rows)
+    share = -(-len(rows) // count())
+    index = torch.arange(rank() * share, (rank() + 1) * share).clamp_max(len(rows) - 1)
+    return gather_rows(work(rows[index.to(rows.device)]))[: len(rows)]
 
 
 def mean_over_processes(value: float, device: torch.device) -> float:

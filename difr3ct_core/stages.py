@@ -383,7 +383,11 @@ def train_ldm(
     vqgan = vqgan.to(device).eval()
     latents = encoded(train, vqgan, folder.parent / "latents").to(device)
     # Where the x-rays are always the same, they are solved once.
-    initial = None if any_view else initial_latent(vqgan, train.xrays.to(device), train.views, preset)
+    initial = None
+    if not any_view and preset.initial.solver != "none":
+        initial = processes.computed_together(
+            train.xrays.to(device), lambda some: initial_latent(vqgan, some, train.views, preset)
+        )
     began = time.monotonic()
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:

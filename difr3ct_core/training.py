@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", choices=("vqgan", "ldm"), required=True, help="the LDM trains its VQGAN if need be")
     parser.add_argument("--preset", default="paper", help="tiny, small or paper (default)")
     parser.add_argument("--views", default="8view", help="set of views of the LDM (8view, 2view, ...), or any")
-    parser.add_argument("--start", type=Path, help="LDM: run folder or weights to begin with (fine-tuning)")
+    parser.add_argument("--weights", type=Path, help="LDM: run folder or weights to begin with (fine-tuning)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the cohorts")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/PRESET)")
     parser.add_argument("--seed", type=int, default=0)
@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.stage == "vqgan":
             chapter.vqgan(options.stop_after)
         else:
-            chapter.ldm(options.views, options.stop_after, options.start)
+            chapter.ldm(options.views, options.stop_after, options.weights)
     except (InputError, TrainingError) as error:
         if processes.rank() == 0:
             print(f"training: {error}", file=sys.stderr)
