@@ -88,7 +88,6 @@
     });
     viewer.setUICollapsed(small);
     window.viewer = viewer;
-    // Ranges and organs are known to the viewer some time after it was made: what is said too early is said again.
     const [low, high] = voxels.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
     const [black, white] = spec.window;
     const share = (f) => Math.min(1, Math.max(0, (black + f * (white - black) - low) / (high - low || 1)));
@@ -101,11 +100,17 @@
       viewer.setLabelImageBlend(0.4, "CT");
       viewer.setLabelImageLabelNames(new Map(["none", ...spec.organs].map((name, k) => [k, name])), "CT");
     };
+    // The viewer works out its own ranges and colours some time after it was made, and fails when told of them earlier.
+    const began = performance.now();
+    while (viewer.getImageColorMap(0, "CT") === undefined || viewer.getImageColorRangeBounds(0, "CT") === undefined) {
+      if (performance.now() > began + 90000) throw new Error("it did not take the volume");
+      await pause(100);
+    }
     dress();
     if (software) viewer.setViewMode("YPlane");
     box.removeAttribute("style");
     await waitForPicture(() => viewer.captureImage());
-    dress();
+    dress(); // by now it has the organs too
     return software
       ? "No graphics card: it starts with slices. The cube in the menu renders the volume, slowly."
       : "Drag to turn, scroll to zoom; the menu has slices, window and organs.";
