@@ -121,7 +121,7 @@ def test_a_viewer_draws_and_answers_a_drag(running: Any, base: str, engine: str)
     assert poster_shows(page, figure)
     assert tools.start_viewer(page, figure, engine) == "ready", figure.locator(".volume-status").inner_text()
     frame = figure.locator("iframe")
-    assert frame.get_attribute("data-engine") == engine, "the other engine had to step in"
+    assert frame.get_attribute("data-engine") == engine, figure.locator(".volume-status").inner_text()
     before = tools.picture_of(page, frame)
     assert tools.is_lively(before), tools.liveliness(before)
     tools.drag(page, frame)

@@ -88,24 +88,36 @@
     });
     viewer.setUICollapsed(small);
     window.viewer = viewer;
-    // Ranges and organs are known to the viewer some time after it was made: what is said too early is said again.
     const [low, high] = voxels.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
     const [black, white] = spec.window;
     const share = (f) => Math.min(1, Math.max(0, (black + f * (white - black) - low) / (high - low || 1)));
+    // One opacity serves slices and rendering: a slice must be opaque, or soft tissue turns black in it.
+    const veil = (mode) => {
+      const clear = [[0, 0], ...OPACITY.map(([f, a]) => [share(f), a]), [1, 0.9]];
+      viewer.setImagePiecewiseFunctionPoints(mode === "Volume" ? clear : [[0, 1], [1, 1]], 0, "CT");
+    };
+    viewer.on("viewModeChanged", veil);
     const dress = () => {
       viewer.setImageColorMap("Grayscale", 0, "CT");
       viewer.setImageColorRange(spec.window, 0, "CT");
-      viewer.setImagePiecewiseFunctionPoints([[0, 0], ...OPACITY.map(([f, a]) => [share(f), a]), [1, 0.9]], 0, "CT");
+      veil(viewer.getViewMode());
       if (!organs) return;
       viewer.setLabelImageLookupTable(LABEL_COLOURS, "CT");
       viewer.setLabelImageBlend(0.4, "CT");
       viewer.setLabelImageLabelNames(new Map(["none", ...spec.organs].map((name, k) => [k, name])), "CT");
     };
+    // The viewer works out its own ranges and colours some time after it was made, and fails when told of them earlier.
+    const began = performance.now();
+    const told = [viewer.getImageColorMap, viewer.getImageColorRange, viewer.getImageColorRangeBounds];
+    while (told.some((get) => get(0, "CT") === undefined)) {
+      if (performance.now() > began + 90000) throw new Error("it did not take the volume");
+      await pause(100);
+    }
     dress();
     if (software) viewer.setViewMode("YPlane");
     box.removeAttribute("style");
     await waitForPicture(() => viewer.captureImage());
-    dress();
+    dress(); // by now it has the organs too
     return software
       ? "No graphics card: it starts with slices. The cube in the menu renders the volume, slowly."
       : "Drag to turn, scroll to zoom; the menu has slices, window and organs.";

@@ -20,6 +20,7 @@
     const spec = JSON.parse(figure.querySelector(".volume-spec").textContent);
     let frame = null;
     let timer = 0;
+    let reason = ""; // why the other engine is not the one that is shown
 
     function say(state, text) {
       figure.dataset.state = state;
@@ -44,12 +45,13 @@
     function fail(why) {
       const engine = frame.dataset.engine;
       close();
-      if (engine === "itk") open("niivue", `The 3D viewer did not start (${why}); trying the light one.`);
+      if (engine === "itk") open("niivue", `The 3D viewer did not start (${why}).`);
       else say("failed", `No 3D viewer works here (${why}); the picture stays.`);
     }
 
     function open(engine, note) {
       close();
+      reason = note;
       frame = document.createElement("iframe");
       frame.dataset.engine = engine;
       frame.title = `${NAMES[engine]}: ${spec.title}`;
@@ -57,7 +59,7 @@
       frame.src = new URL(`_static/viewer.html#${engine}`, root);
       stage.append(frame);
       wait();
-      say("loading", note || `Loading the ${NAMES[engine]}; nothing leaves your computer.`);
+      say("loading", `${note} Loading the ${NAMES[engine]}; nothing leaves your computer.`);
     }
 
     async function onMessage(event) {
@@ -74,7 +76,7 @@
         }
       } else if (event.data.kind === "ready") {
         clearTimeout(timer);
-        say("ready", event.data.hint || "");
+        say("ready", `${reason} ${event.data.hint}`.trim());
       } else if (event.data.kind === "failed") {
         fail(event.data.why);
       }
@@ -83,7 +85,7 @@
     window.addEventListener("message", onMessage);
     for (const button of buttons) {
       button.addEventListener("click", () => {
-        if (button.dataset.engine) return open(button.dataset.engine);
+        if (button.dataset.engine) return open(button.dataset.engine, "");
         close();
         say("", "");
         buttons[0].focus();
