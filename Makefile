@@ -39,7 +39,7 @@ help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo; awk -F' *## ' '/^#: /{sub(/^#: /, ""); print "  " $$0}' $(firstword $(MAKEFILE_LIST))
 
-#: PRESET=tiny|small|paper          size of the experiment
+#: PRESET=tiny|small|paper          size of the experiment; paper-lidc: on real scans (data_scripts/prepare_ct.py)
 #: CHAPTER=04                       which chapter `make run` runs
 #: DATA= RUN= VIEWS= SEED= DEVICE=  parameters of the chapters; PARAMS="name=value ..." for any other
 #: PYTHON=python3.12 TORCH=2.11.0   another interpreter, another torch
