@@ -1,4 +1,4 @@
-"""What all tests share: modules of book/ and benchmarks/faults/ can be imported, `make test` records how long it took."""
+"""What all tests share: the modules of book/ and benchmarks/faults/, and the record of how long `make test` took."""
 
 from __future__ import annotations
 
