@@ -46,7 +46,7 @@ help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo; awk -F' *## ' '/^#: /{sub(/^#: /, ""); print "  " $$0}' $(firstword $(MAKEFILE_LIST))
 
-#: PRESET=small|tiny|paper         size: small has weights that ship, the others are trained
+#: PRESET=small|tiny|paper         size: small has weights that ship, the others are trained; paper-lidc: real scans
 #: CHAPTER=04                       which chapter `make run` runs
 #: STUDY="seeds=[0]" PROFILE= CORES=all DRYRUN=yes   of `make study`; PRICE=2.5 per GPU hour, of `make report`
 #: TOLERANCE=0.01 TRAIN=yes         of `make verify`: by how much a number may differ; train the models again too

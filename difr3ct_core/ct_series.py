@@ -104,13 +104,13 @@ def find_series(folder: str | Path, leave_out: str | Path | None = None, pattern
         slices[patient, uid].append(path)
     for (patient, uid), paths in slices.items():
         # Whatever a file that cannot be read was, it may have been a slice of this series.
-        bad = [path for parent in sorted({path.parent for path in paths}) for path in broken.pop(parent, [])]
+        bad = [path for parent in sorted({path.parent for path in paths}) for path in broken.get(parent, [])]
         found.append(Series(patient, uid, tuple(sorted(map(str, paths))), problem=_unreadable(bad)))
-    for parent, bad in broken.items():
-        if parent in {Path(one.files[0]).parent for one in found if not one.is_nifti}:
-            continue
+    for parent in broken.keys() - {path.parent for paths in slices.values() for path in paths}:
+        bad = broken[parent]
         patient = _patient_of((parent / "x").relative_to(folder), expression)
-        found.append(Series(patient, "", tuple(sorted(map(str, bad))), problem=_unreadable(bad)))
+        place = parent.relative_to(folder).as_posix()
+        found.append(Series(patient, place, tuple(sorted(map(str, bad))), problem=_unreadable(bad)))
     if not found:
         raise InputError(
             f"{folder}: holds no CT, expected DICOM series of modality CT or NIfTI files (.nii, .nii.gz) at any depth."

@@ -205,6 +205,8 @@ def read_npz(path: str | Path, required: tuple[str, ...] = ()) -> dict[str, np.n
     """
     path = require_file(path, "an NPZ file")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no archive of named arrays but a single array, another format, or cut off")
         # Each member is read to its end: only there does the archive's checksum tell whether its bytes are right, and
         # NumPy alone would stop before it where a damaged header promises a smaller array.
         with zipfile.ZipFile(path) as archive:

@@ -275,7 +275,12 @@ def _compute(job: Job, facts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, n
     hu = prepared.hu.clamp(preset.volume.hu_min, preset.volume.hu_max).round().to(torch.int16)
     labels = torch.zeros(preset.volume.shape, dtype=torch.uint8)
     if series.labels:
-        labels = ct.prepare_labels(ct.read_labels(series.labels), prepared).to(torch.uint8)
+        found = ct.prepare_labels(ct.read_labels(series.labels), prepared)
+        if found.max() > 255:
+            raise InputError(
+                f"{series.labels}: holds label {int(found.max())}, expected 0 to 255; renumber the organs."
+            )
+        labels = found.to(torch.uint8)
     xrays = render_xrays(hu.float()[None], preset_views(preset), preset.volume, preset.xray)[0]
     return hu.numpy(), labels.numpy(), xrays.numpy().astype(np.float32)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import run_chapters
 import torch
 from ct_folders import SPACING, chest_hu, edit, write_dicom
 from pydicom.uid import RLELossless
@@ -137,6 +138,16 @@ def test_chapters_can_use_it(messy):
     one = parts["train"].with_views("2view")
     hu = one.hu[:1].float()
     torch.testing.assert_close(one.xrays[:1], render_xrays(hu, one.views, one.volume, PRESET.xray), atol=1e-5, rtol=0)
+
+
+def test_the_book_finds_it():
+    book = run_chapters.Book(ROOT, "paper-lidc")
+    assert book.fill("{data}/{cohort} {run}") == "data/paper-lidc runs/paper-lidc"
+    assert run_chapters.Book(ROOT, "tiny").fill("{data}/{cohort}") == "data/tiny-lung"
+    assert get_preset("paper-lidc").volume == get_preset("paper").volume
+    for name in ("paper-lung", "paper-", "lidc", "paper-lidc-lidc"):
+        with pytest.raises(InputError, match="expected one of tiny, small, paper, or one of these with -lidc"):
+            get_preset(name)
 
 
 def test_a_cohort_that_is_not_prepared_names_the_command(messy, tmp_path):

@@ -23,7 +23,9 @@ Writes ``fuzz_cases`` and ``fuzz_bad_outcomes`` into ``benchmarks/results/faults
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import multiprocessing
 import resource
 import signal
@@ -239,11 +241,12 @@ def _child(pipe: Any, folder: str, seed: int, first: int, last: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, hard))  # a damaged size must not take the machine down
     torch.set_num_threads(1)
     targets = make_targets(Path(folder))
-    expected = {kind: target.read() for kind, target in targets.items()}
     kinds = list(targets)
-    for case in range(first, last):
-        kind = kinds[case % len(kinds)]
-        pipe.send(run_case(kind, targets[kind], expected[kind], np.random.default_rng([seed, case])))
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        expected = {kind: target.read() for kind, target in targets.items()}
+        for case in range(first, last):
+            kind = kinds[case % len(kinds)]
+            pipe.send(run_case(kind, targets[kind], expected[kind], np.random.default_rng([seed, case])))
     pipe.close()
 
 
