@@ -68,6 +68,9 @@ class Study:
     """
 
     def __init__(self, config: Mapping[str, Any], root: Path) -> None:
+        # Snakemake hands lists and objects of its command line over with every number as a text.
+        numbers = {"seeds", "gpus_here", *_KINDS}
+        config = {name: _whole(value) if name in numbers else value for name, value in config.items()}
         self.root, self.config = root, dict(config)
         here = self.config.pop("gpus_here", None)
         self._check()
@@ -237,6 +240,15 @@ def parameters(notebook: Path) -> set[str]:
     sources = ["".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     statements = [statement for source in sources for statement in ast.parse(source).body]
     return {t.id for s in statements if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)}
+
+
+def _whole(value: Any) -> Any:
+    """``value`` with every text of digits as a whole number."""
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _quoted(words: Iterable[str]) -> list[str]:

@@ -106,6 +106,12 @@ def test_gpus_are_asked_for_only_when_there_are_some(everything: Path) -> None:
     assert small.gpu("train") == {"gpu": 2} and "--gpus 2" in small.command(Job("lung", 0, "vqgan"))
 
 
+def test_numbers_of_the_command_line_come_as_text(everything: Path) -> None:
+    given = {"seeds": ["0", "7"], "gpus": {"train": "2", "chapter": "0"}, "gpus_here": "4"}
+    study = Study({**CONFIG, **given}, everything)
+    assert {job.seed for job in study.jobs.values()} == {0, 7} and study.gpu("train") == {"gpu": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -153,7 +159,8 @@ def test_a_dry_run_shows_the_dag_of_the_full_study(everything: Path) -> None:
     pytest.importorskip("snakemake")
     study = Study(CONFIG, everything)
     trains = sum(job.trains for job in study.jobs.values())
-    found = counted(said(snakemake(everything, "--cores", "1", "--dry-run", "--quiet", "rules")))
+    arguments = ["--cores", "1", "--dry-run", "--quiet", "rules", "--config", "seeds=[0,1,2]"]
+    found = counted(said(snakemake(everything, *arguments)))
     assert found["train"] == trains == 36 and found["chapter"] == len(study.jobs) - trains and found["data"] == 2
     assert not (everything / "runs").exists(), "a dry run leaves nothing"
 
