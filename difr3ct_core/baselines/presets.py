@@ -104,7 +104,9 @@ BASELINES: dict[str, BaselinePresets] = {
     # Minutes on two cores. Seven thousand steps of one patient each would take an hour, so INRR3CT sees a quarter of
     # the budget at a higher rate; X2CT-GAN likewise.
     "tiny": BaselinePresets(
-        naf=NAFPreset(TrainPreset(steps=200, batch_size=512, **_SHORT_NAF), levels=4, base=8, log2_table=14, samples=64),
+        naf=NAFPreset(
+            TrainPreset(steps=200, batch_size=512, **_SHORT_NAF), levels=4, base=8, log2_table=14, samples=64
+        ),
         inrr3ct=INRR3CTPreset(
             _with_budget("tiny", 0.25, **{**_INRR3CT, **_SINE, "batch_size": 4, "lr": 3e-4, "lr_decay": "cosine"}),
             unet=FusionPreset(widths=(24, 48, 48), out_channels=32),
