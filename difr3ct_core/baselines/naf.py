@@ -96,6 +96,9 @@ class NAF(nn.Module):
         self.layers = nn.ModuleList(
             nn.Linear(width, s.width if i < s.layers - 1 else 1) for i, width in enumerate(widths)
         )
+        # An eighth of the range, about half of water, everywhere: half of it would be bone, from which Adam needs
+        # hundreds of steps to get away. Ours.
+        nn.init.constant_(self.layers[-1].bias, -2.0)
 
     def forward(self, points_mm: Float[Tensor, "p 3"]) -> Float[Tensor, " p"]:
         """µ in 1/mm at points (x, y, z) in mm inside the cube."""

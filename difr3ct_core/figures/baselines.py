@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ..results import Result
 from .style import CT, VIEW_COLOURS, VIEW_NAMES, colour_bar, finish, mark_sides, new_figure, show_image, styled
@@ -97,6 +98,9 @@ def quality_and_sharpness(result: Result) -> Figure:
         ax.plot(x, y, markers[method], color=VIEW_COLOURS[view_set], markersize=7, markeredgecolor="white")
     ax.axvline(1.0, color="black", linestyle="--", linewidth=1)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("gradient energy, share of the truth's (left: blurred, right: noisy)")
     ax.set_ylabel("PSNR, dB (peak: HU window)")
     present = {key.split("/")[i] for key in result.values["entries"] if key.startswith(f"{cohort}/") for i in (1, 2)}
@@ -107,4 +111,4 @@ def quality_and_sharpness(result: Result) -> Figure:
         if view_set in present:
             ax.plot([], [], "s", color=colour, label=VIEW_NAMES[view_set])
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return finish(figure, result, "Closest in HU is not the same as sharpest")
+    return finish(figure, result, f"Error and sharpness of every method, {cohort} cohort")
