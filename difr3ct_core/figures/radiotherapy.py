@@ -74,7 +74,7 @@ def contours(result: Result) -> Figure:
         Line2D([], [], color="black", label="by the rules"),
         Line2D([], [], color="black", ls="--", label="true"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    figure.legend(handles=handles, loc="outside upper right", ncols=6)
     return finish(figure, result, "Contours from thresholds and shapes alone")
 
 
@@ -129,7 +129,7 @@ def tangents(result: Result) -> Figure:
         for label, colour in ((lung.replace("_", " "), STRUCTURES[lung]), ("heart", STRUCTURES["heart"]),
                               ("target", COLOURS["green"]))
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower right", ncols=3)
+    figure.legend(handles=handles, loc="outside upper right", ncols=3)
     return finish(figure, result, "Two opposed fields graze the chest wall")
 
 
@@ -250,5 +250,7 @@ def protocols(result: Result) -> Figure:
     axes[0, 0].set_yticks(range(len(v["patients"])), v["patients"])
     axes[0, 0].set_ylim(len(v["patients"]) - 0.5, -0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    return finish(figure, result, "Scored on itself, a reconstruction flatters itself")
+    figure.legend(handles, labels, loc="outside upper right", ncols=2)
+    own, true = (np.nanmedian(np.abs([*a[f"v90_{key}"], 0.0])) for key in ("own", "true"))
+    message = "Scored on itself, a reconstruction flatters itself" if own < true else "Two ways to score one plan"
+    return finish(figure, result, message)
