@@ -224,7 +224,7 @@ def protocols(result: Result) -> Figure:
     """Errors of V90% and lung V20Gy by the two protocols, one row a patient.
 
     Arrays: ``v90_own``, ``v90_true``, ``v20_lung_own``, ``v20_lung_true`` (patient,), NaN where not plannable; values
-    ``patients``, ``reasons`` (patient → why not).
+    ``patients``, ``reasons`` (patient → why not), ``v90_error_median_own``, ``..._true`` (or None).
     """
     a, v = result.arrays, result.values
     figure, axes = new_figure(9.4, 1.5 + 0.42 * len(v["patients"]), 1, 2, sharey=True)
@@ -251,6 +251,7 @@ def protocols(result: Result) -> Figure:
     axes[0, 0].set_ylim(len(v["patients"]) - 0.5, -0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2)
-    own, true = (np.nanmedian(np.abs([*a[f"v90_{key}"], 0.0])) for key in ("own", "true"))
-    message = "Scored on itself, a reconstruction flatters itself" if own < true else "Two ways to score one plan"
+    own, true = (v[f"v90_error_median_{key}"] for key in ("own", "true"))
+    flatters = own is not None and own < true
+    message = "Scored on itself, a reconstruction flatters itself" if flatters else "Two ways to score one plan"
     return finish(figure, result, message)
