@@ -197,7 +197,7 @@ def dvh(result: Result) -> Figure:
         Line2D([], [], color="black", linestyle="--", label="plan of the reconstruction, on the truth"),
         Line2D([], [], color="black", alpha=0.28, linewidth=7, label=f"90 % band over {v['n_samples']} samples"),
     ]
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(0.28, 0.62))
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(0.12, 0.62))
     ax = axes[0, 1]
     goals = list(v["goals"])
     shares = [100 * v["goals"][goal] for goal in goals]
