@@ -74,7 +74,7 @@ def contours(result: Result) -> Figure:
         Line2D([], [], color="black", label="by the rules"),
         Line2D([], [], color="black", ls="--", label="true"),
     ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=6)
+    figure.legend(handles=handles, loc="outside upper right", ncols=3)
     return finish(figure, result, "Contours from thresholds and shapes alone")
 
 
@@ -129,7 +129,7 @@ def tangents(result: Result) -> Figure:
         for label, colour in ((lung.replace("_", " "), STRUCTURES[lung]), ("heart", STRUCTURES["heart"]),
                               ("target", COLOURS["green"]))
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside upper right", ncols=3)
+    figure.legend(handles=handles, loc="outside lower right", ncols=3)
     return finish(figure, result, "Two opposed fields graze the chest wall")
 
 
@@ -250,7 +250,7 @@ def protocols(result: Result) -> Figure:
     axes[0, 0].set_yticks(range(len(v["patients"])), v["patients"])
     axes[0, 0].set_ylim(len(v["patients"]) - 0.5, -0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2)
+    figure.legend(handles, labels, loc="outside lower right", ncols=1)
     own, true = (v[f"v90_error_median_{key}"] for key in ("own", "true"))
     flatters = own is not None and own < true
     message = "Scored on itself, a reconstruction flatters itself" if flatters else "Two ways to score one plan"
