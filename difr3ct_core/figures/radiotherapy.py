@@ -74,7 +74,7 @@ def contours(result: Result) -> Figure:
         Line2D([], [], color="black", label="by the rules"),
         Line2D([], [], color="black", ls="--", label="true"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    figure.legend(handles=handles, loc="outside upper right", ncols=3)
     return finish(figure, result, "Contours from thresholds and shapes alone")
 
 
@@ -197,7 +197,7 @@ def dvh(result: Result) -> Figure:
         Line2D([], [], color="black", linestyle="--", label="plan of the reconstruction, on the truth"),
         Line2D([], [], color="black", alpha=0.28, linewidth=7, label=f"90 % band over {v['n_samples']} samples"),
     ]
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(0.28, 0.62))
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(0.12, 0.62))
     ax = axes[0, 1]
     goals = list(v["goals"])
     shares = [100 * v["goals"][goal] for goal in goals]
@@ -224,7 +224,7 @@ def protocols(result: Result) -> Figure:
     """Errors of V90% and lung V20Gy by the two protocols, one row a patient.
 
     Arrays: ``v90_own``, ``v90_true``, ``v20_lung_own``, ``v20_lung_true`` (patient,), NaN where not plannable; values
-    ``patients``, ``reasons`` (patient → why not).
+    ``patients``, ``reasons`` (patient → why not), ``v90_error_median_own``, ``..._true`` (or None).
     """
     a, v = result.arrays, result.values
     figure, axes = new_figure(9.4, 1.5 + 0.42 * len(v["patients"]), 1, 2, sharey=True)
@@ -250,5 +250,8 @@ def protocols(result: Result) -> Figure:
     axes[0, 0].set_yticks(range(len(v["patients"])), v["patients"])
     axes[0, 0].set_ylim(len(v["patients"]) - 0.5, -0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    return finish(figure, result, "Scored on itself, a reconstruction flatters itself")
+    figure.legend(handles, labels, loc="outside lower right", ncols=1)
+    own, true = (v[f"v90_error_median_{key}"] for key in ("own", "true"))
+    flatters = own is not None and own < true
+    message = "Scored on itself, a reconstruction flatters itself" if flatters else "Two ways to score one plan"
+    return finish(figure, result, message)
