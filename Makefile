@@ -24,6 +24,11 @@ CORES ?= all
 DRYRUN ?=
 PRICE ?= 0
 
+# glibc gives every large array back to the system at once and asks for it anew; keeping some saves a fifth of the time
+# of training on a CPU. Other systems do not look at these.
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+
 ifeq ($(INSTALL),yes)
   BIN := $(VENV)/bin/python
 else

@@ -65,8 +65,8 @@ def correct(
     preset: Preset,
     method: str = "tv",
     iterations: int | None = None,
-    tv_weight_mm: float = 0.004,
-    prior_weight_mm: float = 0.05,
+    tv_weight_mm: float = 0.002,
+    prior_weight_mm: float = 0.2,
     batch: int = 8,
 ) -> Float[Tensor, "s z y x"]:
     """Samples moved to agree with their x-rays.
@@ -78,9 +78,10 @@ def correct(
         preset: grid, window and attenuation of water.
         method: one of :data:`METHODS`, see the table above; "spread" takes the variance over these samples.
         iterations: by default 15 for "lsq" and "spread", 40 for "tv".
-        tv_weight_mm, prior_weight_mm: of :func:`difr3ct_core.baselines.classical.tv`. The latter is the weight of a
-            voxel of average variance; from two samples on, others have it in inverse proportion to their variance, as
-            the precision of a Gaussian prior has.
+        tv_weight_mm, prior_weight_mm: of :func:`difr3ct_core.baselines.classical.tv`, chosen on validation phantoms at
+            64³; the first is half of what suits the solver alone, for a sample is no blank page. The latter is the
+            weight of a voxel of average variance; from two samples on, others have it in inverse proportion to their
+            variance, as the precision of a Gaussian prior has.
         batch: samples corrected together.
 
     Returns:
