@@ -131,7 +131,9 @@ def _patient_of(relative: Path, expression: re.Pattern[str] | None) -> str:
     if expression is not None:
         hit = expression.search(relative.as_posix())
         if hit is None or not hit[hit.re.groups and 1]:
-            raise InputError(fX)
+            raise InputError(
+                f"pattern: {expression.pattern!r} finds no patient in {relative}; write it so that it does."
+            )
         return hit[hit.re.groups and 1]
     name = relative.parts[0]
     if len(relative.parts) == 1:
