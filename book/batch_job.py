@@ -80,7 +80,7 @@ class Record:
         self.path = path
         try:
             earlier = read_json(path).get("attempts", []) if path.exists() else []
-        except InputError:  # cut off by a full disk: what it said is lost, the job is not
+        except (InputError, AttributeError):  # cut off by a full disk: what it said is lost, the job is not
             earlier = []
         for attempt in earlier:
             if attempt["outcome"] == "running":
