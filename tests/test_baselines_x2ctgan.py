@@ -133,7 +133,7 @@ def test_it_overfits_one_patient_against_its_critic(tmp_path):
     settings = dataclasses.replace(X2CTGAN_SMALL, training=training)
     network = train_network(X2CTGAN, one, SMALL, settings, tmp_path / "gan")
     truth, volume = one.unit(), network.reconstruct(one.xrays)
-    assert float((volume - truth).square().mean()) < 0.1 * float((truth - truth.mean()).square().mean())
+    assert float((volume - truth).square().mean()) < 0.2 * float((truth - truth.mean()).square().mean())
     for name in ("voxel", "projection", "gan", "critic"):
         steps, values = read_log(tmp_path / "gan", name)
         assert steps[-1] == 119 and all(value > 0 for value in values)
