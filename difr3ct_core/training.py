@@ -174,7 +174,7 @@ def _fit(
     parts, precision = own_parts(settings), mixed_precision(settings, device)
     module.train()
     steps: Any = range(start, end)
-    for step in progress(steps, label, settings.steps, initial=start) if writes else steps:
+    for step in progress(steps, label, end, initial=start) if writes else steps:
         for optimiser in optimisers.values():
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
