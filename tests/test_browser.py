@@ -115,6 +115,7 @@ def poster_shows(page: Any, figure: Any) -> bool:
     )
 
 
+@pytest.mark.slow  # without a graphics card a 3D engine draws a picture in many seconds
 @pytest.mark.parametrize("engine", ["niivue", "itk"])
 def test_a_viewer_draws_and_answers_a_drag(running: Any, base: str, engine: str) -> None:
     page, figure, watch = open_page(running, base)
@@ -142,6 +143,7 @@ def test_without_webgl_the_picture_stays(running: Any, base: str) -> None:
     page.close()
 
 
+@pytest.mark.slow
 def test_a_viewer_that_draws_nothing_is_not_believed(running: Any, site: Path) -> None:
     """The negative control: draw calls that do nothing. The engines notice nothing; the figure must."""
     page, figure, _ = open_page(running, site.as_uri() + "/", BLANK)
@@ -169,6 +171,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(running: Any, site: Path) -
     page.close()
 
 
+@pytest.mark.slow
 def test_the_book_check_counts_and_complains(running: Any, site: Path) -> None:
     """Sliders move; a page that asks another machine, and one that lacks a file, are told."""
     page, _, _ = open_page(running, site.as_uri() + "/")
