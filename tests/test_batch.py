@@ -57,8 +57,8 @@ def test_a_killed_job_is_seen_as_killed(tmp_path: Path) -> None:
     process.join()
     record = json.loads((tmp_path / "records" / "work.json").read_text())
     assert record["attempts"][0]["outcome"] == "running"
-    _, record = job(tmp_path, "pass")
-    assert [one["outcome"] for one in record["attempts"]] == ["killed", "done"]
+    code, record = job(tmp_path, "pass")
+    assert code == 0 and [one["outcome"] for one in record["attempts"]] == ["killed", "done"]
     assert not psutil.pid_exists(orphan), "what the killed job left running was ended"
 
 
