@@ -22,7 +22,8 @@ _WORDS = (
     "half an?|an?|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|thirty|forty|fifty|"
     "sixty|ninety|a hundred|a thousand"
 )
-_DIGITS = re.compile(rf"(?<![\w.])[-+−±]?\d[\d.,]*[\s-]?{_UNITS}(?!\w)")
+#: (Years, as in the 1990s, are no seconds.)
+_DIGITS = re.compile(rf"(?<![\w.])(?!(?:19|20)\d\ds)[-+−±]?\d[\d.,]*[\s-]?{_UNITS}(?!\w)")
 #: "a minute" and "an hour" count as one. Single letters are no units here: they would match too much.
 _SPELLED = re.compile(rf"(?i)\b(?!an? second\b)(?:{_WORDS})(?:\s|-)(?:dB|HU|GB|per cent|hours?|minutes?|seconds?)\b")
 _HIDDEN = (

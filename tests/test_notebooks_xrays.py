@@ -99,7 +99,7 @@ def test_figures_carry_message_and_provenance(executed: dict[str, dict[str, Any]
     for figure in executed[name]["all_figures"]:
         assert figure._repr_png_().startswith(b"\x89PNG")
         assert len(figure.get_suptitle()) > 15
-        assert "preset tiny, seed 0 · commit " in figure.get_supxlabel()
+        assert "preset small, seed 0 · commit " in figure.get_supxlabel()
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
