@@ -4,8 +4,7 @@ Features carried along rays (Eq. 10) leave the denoiser to learn tomography: how
 along a ray something lies. A solver of the projection equations knows that exactly, for any views and any beam. Its
 volume goes through the encoder of the autoencoder, which gives a first guess in the very coordinates that the
 denoiser works in, and is concatenated to the features of :mod:`difr3ct_core.fusion`: the network learns what the
-x-rays leave open. A preset with solver "none" is the
-paper's model.
+x-rays leave open. A preset with solver "none" is the paper's model.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def test_the_book_finds_it():
     assert run_chapters.Book(ROOT, "tiny").fill("{data}/{cohort}") == "data/tiny-lung"
     assert get_preset("paper-lidc").volume == get_preset("paper").volume
     for name in ("paper-", "lidc", "paper-lidc-lidc"):
-        with pytest.raises(InputError, match="expected one of tiny, small, paper, with or without one of -lung, .*-lidc"):
+        with pytest.raises(InputError, match=r"expected one of tiny, small, paper, with or without one of -lung"):
             get_preset(name)
 
 
