@@ -38,7 +38,7 @@ def test_a_failed_job_says_why_and_is_not_done(tmp_path: Path, capsys: pytest.Ca
     assert code == 1 and not (tmp_path / "done.json").exists()
     assert record["attempts"][0]["outcome"] == "failed" and "no such organ" in record["attempts"][0]["error"]
     assert "no such organ" in capsys.readouterr().err
-    _, record = job(tmp_path, "pass")
+    code, record = job(tmp_path, "pass")
     assert code == 0 and [one["outcome"] for one in record["attempts"]] == ["failed", "done"]
 
 
@@ -65,7 +65,7 @@ def test_a_killed_job_is_seen_as_killed(tmp_path: Path) -> None:
 def test_a_damaged_record_stops_no_job(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "work.json").write_text('{"attempts": [')
-    _, record = job(tmp_path, "pass")
+    code, record = job(tmp_path, "pass")
     assert code == 0 and len(record["attempts"]) == 1
 
 
