@@ -39,11 +39,13 @@ def consistency(result: Result) -> Figure:
             ax.plot(values, y, marker, color=VIEW_COLOURS[views], label=VIEW_NAMES[views], markersize=6)
         ax.set_xlabel(label)
         ax.grid(True, axis="x", linewidth=0.6)
-        if key != "psnr":
+        if key == "misfit":
             ax.set_xscale("log")
+        if key == "seconds":
+            ax.set_xlim(left=0)
     axes[0, 0].set_yticks(y, names)
     axes[0, 0].tick_params(axis="y", length=0)
-    axes[0, 2].legend(loc="lower right")
+    axes[0, 2].legend(loc="upper left")
     gains = [v[f"psnr_{views}"][v["ways"].index("tv")] - v[f"psnr_{views}"][0] for views in v["views"]]
     words = "beat solver and prior" if min(gains) > 0 else "are between solver and prior"
     return finish(figure, result, f"Samples that obey their x-rays {words}")
