@@ -31,7 +31,7 @@ from .checkpoints import read_log
 from .checks import pick_device
 from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays
 from .diffusion import LatentDiffusion
-from .presets import Preset, get_preset
+from .presets import COHORTS, Preset, get_preset
 from .processes import first_alone
 from .results import Result, load_result, provenance, run_id, save_result
 from .stages import train_ldm, train_vqgan
@@ -119,13 +119,19 @@ class Chapter:
 
         Args:
             model: "vqgan", "ldm-8view", ..., "ldm-any". Where no model of those views was shipped, the any-view model
-                serves them.
+                serves them; where no autoencoder of a cohort of phantoms was, the one of `lung`: it knows what chests
+                are made of, and no x-ray.
         """
         own = self.run / model
         if own.exists() or not self.shipped:
             return own
-        names = [model, "ldm-any"] if model.startswith("ldm-") else [model]
-        files = [project_root() / "pretrained" / f"{self.preset.name}-{name}.safetensors" for name in names]
+        name = self.preset.name
+        names = [f"{name}-{model}"]
+        if model.startswith("ldm-"):
+            names.append(f"{name}-ldm-any")
+        elif self.preset.cohort.cohort in COHORTS:
+            names.append(f"{name.partition('-')[0]}-{model}")
+        files = [project_root() / "pretrained" / f"{name}.safetensors" for name in names]
         return next((path for path in files if path.exists()), own)
 
     def log(self, model: str) -> Path:
@@ -136,13 +142,15 @@ class Chapter:
     def ldm(self, view_set: str, stop_after: int | None = None, start: str | Path | None = None) -> LatentDiffusion:
         """The trained diffusion model for a set of views (chapter 04), or "any" for the any-view model.
 
-        ``start``: weights to begin a training with, see :func:`difr3ct_core.stages.train_ldm`.
+        ``start``: weights to begin a training with, see :func:`difr3ct_core.stages.train_ldm`; where the run has no
+        autoencoder of its own, theirs is taken.
         """
         if (path := self.weights(f"ldm-{view_set}")).suffix:
             return load_ldm(path, self.device)[0]
         any_view = view_set == "any"
+        vqgan = self.vqgan() if start is None or (self.run / "vqgan").exists() else load_ldm(start, self.device)[1]
         return train_ldm(
-            self.patients("train", None if any_view else view_set), self.vqgan(), self.preset,
+            self.patients("train", None if any_view else view_set), vqgan, self.preset,
             self.run / f"ldm-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"), start,
         )  # fmt: skip
 

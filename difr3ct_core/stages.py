@@ -119,7 +119,11 @@ def _look(path: Path, fingerprint: dict[str, Any]) -> bool:
     for existing in (path, folder / "checkpoint.safetensors"):
         if existing.exists():
             _, metadata = read_safetensors(existing)
-            if metadata.get("fingerprint") == json.loads(json.dumps(fingerprint)):
+            found = metadata.get("fingerprint")
+            if existing == path and isinstance(found, dict) and "start" not in fingerprint:
+                # To use a finished model it does not matter what its training began with.
+                found = {name: value for name, value in found.items() if name != "start"}
+            if found == json.loads(json.dumps(fingerprint)):
                 if existing == path:
                     return True
                 continue
@@ -128,7 +132,7 @@ def _look(path: Path, fingerprint: dict[str, Any]) -> bool:
                 number += 1
             with alone_in(folder, "the other training"):  # never from under a run
                 folder.rename(aside)
-            changed = differences(metadata.get("fingerprint"), fingerprint)
+            changed = differences(found, fingerprint)
             print(f"{folder}: the run there was made with other numbers ({changed}); moved to {aside.name}.")
             return False
     return False

@@ -24,10 +24,11 @@ from difr3ct_core.baselines.presets import (
     with_training,
 )
 from difr3ct_core.baselines.registry import METHODS, Options, get_method, training_cost
+from difr3ct_core.baselines.tables import gather, shipped_tables
 from difr3ct_core.baselines.x2ctgan import X2CTGAN
 from difr3ct_core.chapters import Chapter
 from difr3ct_core.datasets import preset_views
-from difr3ct_core.files import InputError, read_npz
+from difr3ct_core.files import InputError, read_npz, read_safetensors
 from difr3ct_core.metrics import psnr
 from difr3ct_core.presets import PRESETS, VIEW_SETS
 from difr3ct_core.unet import UNet3d
@@ -44,7 +45,11 @@ def chapter(tmp_path, monkeypatch) -> Chapter:
     )  # fmt: skip
     preset = SMALL.replace(sampling={"n_samples": 2, "steps": 3})
     monkeypatch.setitem(BASELINES, "tiny", small)
-    monkeypatch.setattr(command, "get_preset", lambda name: preset)
+
+    def named(name):
+        return preset.replace(name=name, cohort={"cohort": name.partition("-")[2] or "lung"})
+
+    monkeypatch.setattr(command, "get_preset", named)
 
     def cohort(self, split, view_set=None):
         seed = {"train": 0, "val": 1, "test": 2}[split] + 10 * (self.preset.cohort.cohort == "thoracic")
@@ -145,8 +150,8 @@ def test_every_method_makes_volumes_from_the_same_call(name, chapter):
     assert volumes.shape == (2, 1, 16, 16, 16) and volumes.device.type == "cpu"
     assert float(volumes.abs().max()) <= 1 and torch.isfinite(volumes).all()
     cost = training_cost(chapter, name, "2view")
-    trains = name in ("difr3ct", "diffusion3d", "inrr3ct", "x2ctgan")
-    assert set(cost) == ({"train_minutes", "train_peak_gb"} if trains else set())
+    trains = name in ("difr3ct", "difr3ct_tv", "diffusion3d", "inrr3ct", "x2ctgan")
+    assert set(cost) == ({"train_minutes", "train_peak_gb", "patients_seen"} if trains else set())
     assert all(value > 0 for value in cost.values())
 
 
@@ -246,4 +251,29 @@ def test_tables_of_two_cohorts(chapter, monkeypatch, capsys):
     assert set(pictures) == {"truth", *(f"{key.split('/')[1]}_2view" for key in lung)}
     truth = chapter.patients("test").hu[0]
     assert (pictures["truth"][0] == truth[8].numpy()).all() and (pictures["truth"][2] == truth[:, :, 8].numpy()).all()
+    found, shown, measured = shipped_tables(out.parent, "tiny")
+    assert set(found) == set(content) - {"provenance"} and set(shown) == set(pictures)
+    assert found["lung/tv/2view"] == content["lung/tv/2view"] and measured["device"].startswith("CPU")
+    assert shipped_tables(out.parent, "small") is None and shipped_tables(out.parent.parent, "tiny") is None
     assert tables.main([*given, "--methods", "magic"]) == 2
+
+
+def test_methods_are_gathered_where_they_exist(chapter):
+    entries, pictures = gather(chapter, ["difr3ct", "difr3ct_tv", "x2ctgan", "mean_volume"], ["8view", "2view"], 2)
+    both = {f"lung/{name}/{views}" for name in ("difr3ct", "difr3ct_tv", "mean_volume") for views in ("8view", "2view")}
+    assert set(entries) == both | {"lung/x2ctgan/2view"}
+    assert set(pictures) == {"truth", *("_".join(key.split("/")[1:]) for key in entries)}
+    assert entries["lung/mean_volume/8view"]["psnr"] == entries["lung/mean_volume/2view"]["psnr"]  # it sees no x-ray
+    assert {"difference", "p"} == set(entries["lung/x2ctgan/2view"]["against_difr3ct"]["ssim"])
+    with pytest.raises(InputError, match="none of x2ctgan takes 8view"):
+        gather(chapter, ["x2ctgan"], ["8view"], 2)
+
+
+def test_a_fine_tuned_model_costs_what_it_began_with_too(chapter):
+    chapter.ldm("any")
+    chapter.ldm("2view", start=chapter.run / "ldm-any")
+    minutes = [
+        read_safetensors(chapter.run / name / "weights.safetensors")[1]["provenance"]["wall_s"] / 60
+        for name in ("vqgan", "ldm-any", "ldm-2view")
+    ]
+    assert training_cost(chapter, "difr3ct", "2view")["train_minutes"] == pytest.approx(sum(minutes))

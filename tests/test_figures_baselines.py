@@ -22,7 +22,9 @@ ORIGIN = {
 
 def entry(psnr: float, ssim: float, sharpness: float) -> dict:
     spread = lambda mean: {"mean": mean, "std": 0.25, "patients": [mean + 0.5, mean - 0.5]}  # noqa: E731
-    return {"value": psnr, "unit": "dB", "psnr": spread(psnr), "ssim": spread(ssim), "sharpness": spread(sharpness)}
+    found = {"psnr": spread(psnr), "ssim": spread(ssim), "sharpness": spread(sharpness)}
+    costs = {"train_minutes": spread(psnr / 2), "sample_seconds": spread(psnr / 10)}
+    return {"value": psnr, "unit": "dB", "n": 2, **found, **costs}
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def result() -> Result:
     arrays["truth"][0, 1, 2] = 500  # axial: y = 1 is in front, so up
     for name in ("difr3ct_2view", "x2ctgan_2view", "fbp_8view"):
         arrays[name] = generator.integers(-1000, 500, (3, 8, 8)).astype(np.int16)
-    return Result("tables", arrays, {"entries": entries, "cohort": "lung", "titles": TITLES}, ORIGIN)
+    return Result("tables", arrays, {"entries": entries, "cohort": "lung", "titles": TITLES, "views": "2view"}, ORIGIN)
 
 
 def test_table_has_the_papers_shape_and_marks_the_best(result: Result) -> None:
@@ -53,7 +55,7 @@ def test_table_has_the_papers_shape_and_marks_the_best(result: Result) -> None:
 
 
 def test_methods_stand_beside_the_truth_in_the_radiological_orientation(result: Result) -> None:
-    figure = baselines.methods_side_by_side(result, "2view")
+    figure = baselines.methods_side_by_side(result)
     panels = [ax for ax in figure.axes if any(isinstance(child, AxesImage) for child in ax.images)]
     assert [ax.get_title() for ax in panels[:3]] == ["truth", "DIFR3CT", "X2CT-GAN"]
     assert panels[4].get_xlabel() == "22.5 dB" and panels[5].get_xlabel() == "23.5 dB"  # of the patient shown
@@ -71,3 +73,49 @@ def test_quality_and_sharpness_shows_every_entry_of_the_cohort(result: Result) -
     assert points == {(0.7, 27.0), (0.6, 22.0), (0.4, 23.0), (3.0, 15.0)}
     labels = {text.get_text() for text in ax.get_legend().get_texts()}
     assert labels == {*TITLES.values(), "8 views", "2 views"}
+
+
+def points(ax) -> set[tuple[float, float]]:
+    return {
+        (float(x[0]), float(y[0])) for line in ax.lines if len(x := line.get_xdata()) == 1 for y in [line.get_ydata()]
+    }
+
+
+def test_costs_show_each_entry_where_its_cost_is_known(result: Result) -> None:
+    minutes, gigabytes, seconds = baselines.costs(result).axes[:3]
+    assert points(minutes) == {(13.5, 27.0), (11.0, 22.0), (11.5, 23.0), (7.5, 15.0)}
+    assert points(gigabytes) == set()
+    assert points(seconds) == {(2.7, 27.0), (2.2, 22.0), (2.3, 23.0), (1.5, 15.0)}
+
+
+def test_overview_has_a_row_per_method_and_intervals_of_the_mean(result: Result) -> None:
+    ax = baselines.overview(result).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(TITLES.values())
+    bars = [c.get_children() for c in ax.containers]
+    ends = {float(s[0, 0]) for group in bars for c in group[1:] for s in c.get_segments()}
+    assert any(abs(end - (27.0 - 1.96 * 0.25 / 2**0.5)) < 1e-9 for end in ends)
+
+
+def test_views_side_by_side_say_where_a_method_does_not_exist(result: Result) -> None:
+    result.arrays["difr3ct_8view"] = result.arrays["difr3ct_2view"] - 1
+    figure = baselines.views_side_by_side(result)
+    assert [ax.get_title() for ax in figure.axes[:3]] == ["truth", "8 views", "2 views"]
+    ours = figure.axes[1].images[0].get_array()
+    assert (ours == result.arrays["difr3ct_8view"][1][::-1]).all()  # coronal, superior up
+    words = {text.get_text() for ax in figure.axes for text in ax.texts}
+    assert any("not for" in word for word in words)  # X2CT-GAN at eight views
+
+
+def test_memory_has_a_line_per_method_and_leaves_out_what_was_not_measured(result: Result) -> None:
+    values = {
+        "gb": {"a": [1.0, 2.0], "b": [3.0, None]},
+        "counts": [1, 8],
+        "titles": {"a": "A", "b": "B"},
+        "preset": "x",
+    }
+    ax = baselines.memory(Result("m", {}, values, ORIGIN)).axes[0]
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[1.0, 1.0], [8.0, 2.0]], [[1.0, 3.0]]]
+
+
+def test_a_table_becomes_markdown() -> None:
+    assert baselines.markdown_table([["a", "b"], ["1", "–"]]) == "| a | b |\n| --- | --- |\n| 1 | – |"

@@ -1,4 +1,4 @@
-"""Chapters 00, 02, 04, 05, 06 and 09: they run from nothing, say where every figure is from, and refuse wrong answers.
+"""Chapters 00, 02, 04 to 06, 08, 09: they run from nothing, say where figures are from, and refuse wrong answers.
 
 The notebooks' cells run in this process at a preset far below `tiny`, which decides nothing about image quality.
 """
@@ -6,6 +6,7 @@ The notebooks' cells run in this process at a preset far below `tiny`, which dec
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import warnings
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import nbformat
 import pytest
+from small_baselines import DIFFUSION_SMALL, INRR3CT_SMALL, NAF_SMALL, X2CTGAN_SMALL
 
 import difr3ct_core.presets as presets
+from difr3ct_core.baselines.presets import BASELINES, BaselinePresets
 from difr3ct_core.figures import models
 from difr3ct_core.files import read_json, write_json
 from difr3ct_core.presets import get_preset
@@ -22,7 +25,15 @@ from difr3ct_core.results import load_result
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 #: In the order of the book, so that each finds the models of those before it.
-CHAPTERS = ("02_vqgan", "04_ldm_training", "00_quickstart", "05_sampling", "06_uncertainty", "09_beyond")
+CHAPTERS = (
+    "02_vqgan",
+    "04_ldm_training",
+    "00_quickstart",
+    "05_sampling",
+    "06_uncertainty",
+    "08_comparison",
+    "09_beyond",
+)
 PARAMETERS = {"preset": "small", "data": "data", "views": "8view", "seed": 0, "run": "", "device": "auto"}
 
 
@@ -62,6 +73,11 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setitem(presets.PRESETS, "small", micro)  # what the notebooks take by default; no weights ship for it
+        few = [
+            dataclasses.replace(settings, training=dataclasses.replace(settings.training, steps=3))
+            for settings in (NAF_SMALL, INRR3CT_SMALL, X2CTGAN_SMALL, DIFFUSION_SMALL)
+        ]
+        patch.setitem(BASELINES, "tiny", BaselinePresets(*few))
         for name in CHAPTERS:
             names: dict[str, Any] = {"__name__": "chapter"}
             figures = []
@@ -86,7 +102,9 @@ def test_source_has_what_every_chapter_has(name: str) -> None:
     values: dict[str, Any] = {}
     exec(code[0].source, values)
     assert code[0].metadata.tags == ["parameters"]
-    assert {key: values[key] for key in PARAMETERS} == PARAMETERS and len(values) == len(PARAMETERS) + 1
+    own = {"baseline": ""} if name == "08_comparison" else {}
+    del values["__builtins__"]
+    assert values == PARAMETERS | own
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     for word in ("**You will**", "**Time and hardware.**", "## Exercises", "## Summary", "**Notice"):
         assert word in text
@@ -232,6 +250,16 @@ WRONG = [
     ("06_uncertainty", 2, "coverage = lambda n, k: 1 - 2 * k / n", "gaps"),
     ("06_uncertainty", 2, "n_needed = 40", "smallest"),
     ("06_uncertainty", 3, "surer = samples['2view'] / 2", "mean"),
+    ("08_comparison", 1, "loss_db = 20 * math.log10(2)", "amplitude"),
+    ("08_comparison", 1, "loss_db = 1.5", "doubles"),
+    ("08_comparison", 2, "to_4095 = lambda db, width: db + 10 * math.log10(4095 / width)", "20 log10"),
+    ("08_comparison", 3, "paired_error = lambda a, b: (statistics.variance(a + b) / len(a)) ** 0.5", "differences"),
+    (
+        "08_comparison",
+        3,
+        "paired_error = lambda a, b: ((statistics.variance(a) + statistics.variance(b)) / len(a)) ** 0.5",
+        "cancels",
+    ),
     ("09_beyond", 1, "delta = one / n", "add up"),
     ("09_beyond", 2, "twice = corrected['2view', 'none'][0] * 0", "once"),
     ("06_uncertainty", 3, "surer = mean['2view'][:, None] + (samples['2view'] - mean['2view'][:, None]) / 4", "half"),

@@ -123,6 +123,15 @@ def test_other_data_views_and_autoencoders_train_another_diffusion_model(copy, c
     assert (copy / "2view.old1" / "weights.safetensors").exists()
 
 
+def test_a_fine_tuned_model_is_used_without_naming_what_it_began_with(copy, monkeypatch):
+    vqgan, some = load_vqgan(copy / "vqgan")[0], patients().with_views("2view")
+    tuned = train_ldm(some, vqgan, SMALL, copy / "tuned", start=copy / "2view")
+    no_training(monkeypatch)
+    assert same(train_ldm(some, vqgan, SMALL, copy / "tuned"), tuned)
+    with pytest.raises(AssertionError, match="trained again"):  # asked for by name, another beginning is another model
+        train_ldm(some, vqgan, SMALL, copy / "tuned", start=copy / "tuned")
+
+
 def test_the_seed_decides(runs, tmp_path):
     assert not same(train_vqgan(patients(), SMALL, tmp_path / "v", seed=1), load_vqgan(runs / "vqgan")[0])
 

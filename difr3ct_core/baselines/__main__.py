@@ -30,11 +30,10 @@ def open_cohort(preset_name: str, cohort: str, data: Path, run: Path | None, see
     """
     if cohort not in ("lung", "thoracic"):
         raise InputError(f"cohort: found {cohort!r}, expected 'lung' or 'thoracic'.")
-    preset = get_preset(preset_name)
-    preset = preset.replace(cohort={"cohort": cohort})
-    name = preset.name if cohort == "lung" else f"{preset.name}-{cohort}"
-    chapter = Chapter("baselines", preset, data, run or Path("runs") / name, seed, pick_device(device))
-    chapter.shipped = False  # the shipped models may have seen other patients
+    # The cohort is part of the preset's name, so that the weights of one cohort are never taken for another.
+    preset = get_preset(preset_name if cohort == "lung" else f"{preset_name}-{cohort}")
+    chapter = Chapter("baselines", preset, data, run or Path("runs") / preset.name, seed, pick_device(device))
+    chapter.shipped = False  # weights that ship may have seen other patients than these data hold
     return chapter
 
 

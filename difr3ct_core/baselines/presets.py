@@ -174,11 +174,12 @@ BASELINES: dict[str, BaselinePresets] = {
 
 
 def get_baselines(preset: str) -> BaselinePresets:
-    """The baselines' numbers for the preset of that name.
+    """The baselines' numbers for the preset of that name; a cohort behind it, as in ``small-thoracic``, changes none.
 
     Raises:
         InputError: no such preset.
     """
+    preset = preset.partition("-")[0]
     if preset not in BASELINES:
         raise InputError(f"preset: found {preset!r}, expected one of {', '.join(BASELINES)}, which have baselines.")
     return BASELINES[preset]

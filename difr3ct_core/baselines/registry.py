@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import ct
 from ..chapters import Chapter
+from ..consistency import correct
 from ..datasets import Patients
 from ..files import InputError, read_safetensors
 from ..metrics import psnr
@@ -89,7 +90,9 @@ def _network(kind: type[Baseline], title: str, view_sets: Sequence[str] = tuple(
     return Method(title, prepare, reconstruct, tuple(view_sets), lambda view_set: (f"{kind.kind}-{view_set}",))
 
 
-def _latent_diffusion() -> Method:
+def _latent_diffusion(title: str = "DIFR3CT", way: str = "none") -> Method:
+    """The paper's method: mean of posterior samples, as drawn or each corrected by its x-rays."""
+
     def prepare(chapter: Chapter, view_set: str, options: Options) -> Any:
         if options.changes:
             raise InputError("training: DIFR3CT's own is changed with python -m difr3ct_core.training --set ...")
@@ -100,11 +103,14 @@ def _latent_diffusion() -> Method:
 
     def reconstruct(models: Any, chapter: Chapter, patients: Patients) -> Tensor:
         ldm, vqgan = models
-        count = chapter.preset.sampling.n_samples
+        count = chapter.preset.book.samples
         drawn = posterior_samples(ldm, vqgan, patients.xrays, patients.views, count, chapter.seed)
+        if way != "none":
+            pairs = zip(drawn, patients.xrays, strict=True)
+            drawn = torch.stack([correct(s, p, patients.views, chapter.preset, way) for s, p in pairs])
         return drawn.mean(1, keepdim=True)
 
-    return Method("DIFR3CT", prepare, reconstruct, models=lambda view_set: ("vqgan", f"ldm-{view_set}"))
+    return Method(title, prepare, reconstruct, models=lambda view_set: ("vqgan", f"ldm-{view_set}"))
 
 
 def _naf() -> Method:
@@ -164,6 +170,7 @@ def _floor(kind: type[MeanVolume] | type[NearestPatient], title: str) -> Method:
 #: Name -> method, in the order of the tables: the paper's, then classical ones, then the floors.
 METHODS: dict[str, Method] = {
     "difr3ct": _latent_diffusion(),
+    "difr3ct_tv": _latent_diffusion("DIFR3CT, corrected", "tv"),
     "diffusion3d": _network(VoxelDiffusion, "3D Diffusion"),
     "inrr3ct": _network(INRR3CT, "INRR3CT", [name for name, angles in VIEW_SETS.items() if len(angles) <= 4]),
     "x2ctgan": _network(X2CTGAN, "X2CT-GAN", [name for name, angles in VIEW_SETS.items() if len(angles) <= 2]),
@@ -197,16 +204,25 @@ def get_method(name: str, view_set: str) -> Method:
 
 
 def training_cost(chapter: Chapter, name: str, view_set: str) -> dict[str, float]:
-    """Minutes and peak memory (GB; of the GPU if there is one) of a method's trainings, from their weights' files.
+    """Minutes, peak memory (GB; of the GPU if there is one) and patients seen of a method's trainings, by their files.
 
-    Methods without a training took none: an empty dictionary. Minutes are summed over the models, memory is the
-    largest.
+    Methods without a training took none: an empty dictionary. Minutes (since a training's last start) and patients
+    (steps times batch; not the autoencoder's, which sees no x-ray) are summed over the models, memory is the largest.
     """
-    minutes, peak = [], []
-    for model in get_method(name, view_set).models(view_set):
+    minutes, peak, seen = [], [], 0
+    models = list(get_method(name, view_set).models(view_set))
+    while models:
+        model = models.pop()
         path: Path = chapter.weights(model)
         path = path if path.suffix else path / "weights.safetensors"
-        origin = read_safetensors(path)[1]["provenance"]
+        metadata = read_safetensors(path)[1]
+        if "start" in metadata["fingerprint"]:  # fine-tuned: what it began from was trained too
+            models.append("ldm-any")
+        origin = metadata["provenance"]
         minutes.append(origin["wall_s"] / 60)
+        training = metadata["settings"]["training"] if "settings" in metadata else metadata["preset"]["train_ldm"]
+        seen += 0 if model == "vqgan" else training["steps"] * training["batch_size"]
         peak.append(origin.get("peak_gpu_gb", origin["peak_memory_gb"]))
-    return {"train_minutes": sum(minutes), "train_peak_gb": max(peak)} if minutes else {}
+    if not minutes:
+        return {}
+    return {"train_minutes": sum(minutes), "train_peak_gb": max(peak), "patients_seen": float(seen)}
