@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data")
     parser.add_argument("--patients", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--models", nargs="+", help="only these diffusion models, such as 8view any (default: all)")
     options = parser.parse_args()
     chapter = open_chapter("quality", options.preset, options.data)
     preset, window = chapter.preset, chapter.preset.volume.hu_max - chapter.preset.volume.hu_min
@@ -75,6 +76,8 @@ def main() -> None:
     figures["codebook_alive"] = {"value": vqgan.live_codes(), "unit": "of 1"}
     models = [(name, name, "") for name in VIEW_SETS] + [("any", name, "any_view_") for name in VIEW_SETS]
     for model, view_set, mark in models:
+        if options.models and model not in options.models:
+            continue
         path = chapter.weights(f"ldm-{model}")
         if not path.exists() or (model != "any" and path.name.endswith("ldm-any.safetensors")):
             continue
@@ -99,7 +102,8 @@ def main() -> None:
         len(test),
     )
     path = ROOT / "benchmarks" / "results" / f"quality_{options.preset}.json"
-    update_results(path, figures, f"python benchmarks/quality.py --preset {options.preset}")
+    words = f"--preset {options.preset} --patients {options.patients} --samples {options.samples}"
+    update_results(path, figures, f"python benchmarks/quality.py {words}")
     print(json.dumps({key: round(figure["value"], 3) for key, figure in figures.items()}, indent=1))
 
 
