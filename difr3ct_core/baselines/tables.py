@@ -63,7 +63,8 @@ def measure(
     Returns:
         ``{"value": mean PSNR, "unit": "dB", "n", "ids", METRIC: {"mean", "std", "patients"}, ...}`` with the metrics
         of :data:`difr3ct_core.metrics.SCORES`, those of :func:`.registry.training_cost` where something was trained,
-        and ``sample_seconds`` per patient from the x-rays to the volume; and the slices.
+        and ``sample_seconds`` per patient from the x-rays to the volume, where the method does all of that; and the
+        slices.
 
     Raises:
         InputError: no such method, or not for these views.
@@ -76,7 +77,7 @@ def measure(
     volumes = method.reconstruct(ready, chapter, test)
     seconds = (time.perf_counter() - began) / len(test)
     found = {key: spread(values) for key, values in score(volumes, test.unit(), test.volume, look).items()}
-    once = {**training_cost(chapter, name, view_set), "sample_seconds": seconds}
+    once = {**training_cost(chapter, name, view_set)} | ({} if method.reuses else {"sample_seconds": seconds})
     found |= {key: {"mean": value, "std": 0.0} for key, value in once.items()}
     entry = {"value": found["psnr"]["mean"], "unit": "dB", "n": len(test), "ids": list(test.ids), **found}
     entry["preset"] = chapter.preset.name
