@@ -202,13 +202,14 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--parts", nargs="+", default=["agreement", "real", "intervals", "places"])
+    parser.add_argument("--inside", action="store_true", help="also correct inside the sampling, which takes long")
     options = parser.parse_args()
     chapter = open_chapter("trust", options.preset, options.data)
     test = chapter.patients("test")
     some = test.take(range(min(options.patients, len(test))))
     figures: dict[str, dict[str, Any]] = {}
     if "agreement" in options.parts:
-        figures |= agreement(chapter, some, "", options.samples, full=True)
+        figures |= agreement(chapter, some, "", options.samples, full=options.inside)
     if "real" in options.parts and chapter.real is not None:
         figures |= agreement(chapter, chapter.real, "real_", options.samples, full=False)
     if "intervals" in options.parts:

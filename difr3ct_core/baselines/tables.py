@@ -131,14 +131,14 @@ def gather(
 
 
 def shipped_tables(
-    folder: str | Path, preset: str, name: str = "tables"
+    folder: str | Path, preset: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Int16[np.ndarray, "3 n n"]], dict[str, str]] | None:
-    """What ``benchmarks/tables.py`` measured at a preset and left in ``folder/name.json``, or None where it did not.
+    """What ``benchmarks/tables.py`` measured at a preset and left in ``folder``, or None where it did not.
 
     Returns:
         entries of all cohorts, pictures of the cohort ``lung``, and where they are from (``command``, ``device``).
     """
-    path = Path(folder) / f"{name}.json"
+    path = Path(folder) / "tables.json"
     if not path.exists():
         return None
     content = read_json(path)
@@ -147,4 +147,4 @@ def shipped_tables(
     if not any(key.startswith("lung/") for key in entries):
         return None
     measured = {"command": "python benchmarks/tables.py", "device": origin["device"]}
-    return entries, read_npz(Path(folder) / f"{name}_lung.npz"), measured
+    return entries, read_npz(Path(folder) / "tables_lung.npz"), measured
