@@ -85,10 +85,12 @@ def _ssim(found: np.ndarray, truth: np.ndarray, low: float, high: float) -> floa
 
     from difr3ct_core.metrics import ssim
 
+    # In [-1, 1], which is part of the convention: the luminance term compares means with zero.
     pair = (
-        torch.from_numpy(double(volume).clip(low, high).astype(np.float32))[None, None] for volume in (found, truth)
+        torch.from_numpy(2 * (double(volume).clip(low, high) - low) / (high - low) - 1)[None, None]
+        for volume in (found, truth)
     )
-    return float(ssim(*pair, data_range=high - low))
+    return float(ssim(*pair, data_range=2.0))
 
 
 @formula("xray_one_ray")
@@ -166,13 +168,6 @@ def _quantisation(result: Result) -> Found:
 def _schedules(result: Result) -> Found:
     for name in ("chen", "ddpm"):
         yield f"half_{name}", int((double(result.arrays[f"gamma_{name}"]) > 0.5).sum()), 0
-
-
-@formula("diffusion_training")
-def _training(result: Result) -> Found:
-    for key in result.values:
-        if key.startswith("end_"):
-            yield key, float(double(result.arrays[f"loss_{key.removeprefix('end_')}"][-10:]).mean()), 1e-5
 
 
 @formula("end_to_end")

@@ -64,7 +64,7 @@ def consistency_pictures(result: Result) -> Figure:
     shown = ("solver", "none", "tv")
     titles = {"solver": "TV alone", "none": "mean as drawn", "tv": "mean, corrected"}
     columns += [Column(titles[w], a[w].astype(np.float32), note=f"{v['picture_psnr'][w]:.1f} dB") for w in shown]
-    columns += [Column(f"error: {titles[w]}", np.abs(a[w].astype(np.float32) - truth), error) for w in shown]
+    columns += [Column(f"error:\n{titles[w]}", np.abs(a[w].astype(np.float32) - truth), error) for w in shown]
     figure, _ = slice_grid(columns, panel=1.55)
     return finish(figure, result, f"{VIEW_NAMES[v['picture_views']]}: what the correction changes")
 
