@@ -90,7 +90,9 @@ def mass(hu: Volume, labels: UInt8[Tensor, "z y x"], seed: int = 0, spacing_mm: 
 
 
 def missing_lung(hu: Volume, labels: UInt8[Tensor, "z y x"], seed: int = 0, spacing_mm: float = 5.0) -> Altered:
-    """One lung taken out, its place filled with fluid, as years after a pneumonectomy.
+    """One lung taken out, its place filled with fluid, as months after a pneumonectomy.
+
+    Voxels that share lung and wall and are labelled as wall stay as they are: a thin darker line.
 
     Arguments, returns and errors as for :func:`pneumothorax`.
     """
