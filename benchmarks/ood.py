@@ -9,13 +9,13 @@ samples: the two groups are paired, and intervals are bootstrapped over patients
 - ``residual``: re-projection error of samples as drawn. The detector of ``ood_auc``, chosen before any result was seen;
 - ``spread``: mean standard deviation in the body, HU;
 - ``spread_95``: its 95th percentile;
-- ``peak``: largest misfit of the samples' mean anywhere in the x-rays, over 3 x 3 pixels, in line integrals. Added after
-  a trial on eight phantoms, where the residual did not see metal: small things drown in a sum over all pixels.
+- ``peak``: largest misfit of the samples' mean anywhere in the x-rays, over 3 x 3 pixels, in line integrals. Added
+  after a trial on eight phantoms, where the residual did not see metal: small things drown in a sum over all pixels.
 
 The body is where the samples' mean shows a trunk, for at the bedside nothing else is known. Writes into
 ``results/trust.json``, beside what ``trust.py`` writes, with the scores of every case:
 
-- ``ood_auc``, ``ood_auc_spread``, ``ood_auc_spread_95``, ``ood_auc_peak``: area under the ROC curve, all findings together;
+- ``ood_auc``, ``ood_auc_spread``, ``ood_auc_spread_95``, ``ood_auc_peak``: area under the ROC curve of all findings;
 - ``ood_auc_FINDING``: of the residual, and of the others in ``others``;
 - ``ood_flagged``: share of altered cases above the 95th percentile of the normal ones, by the residual;
 - ``ood_spread_ratio_FINDING``: mean standard deviation in the changed voxels over that in the same voxels of the
