@@ -249,12 +249,10 @@ def detection(result: Result) -> Figure:
     ax.axvline(100 * v["threshold"], color=COLOURS["grey"], linestyle="--", linewidth=1)
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     ax.tick_params(axis="y", length=0)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("{x:g}")
-    ax.set_xlabel("re-projection residual, %; dashed: 95 of 100 normal chests lie below")
+    ax.set_xlim(left=0)
+    ax.set_xlabel("re-projection residual, % (dashed: 95th percentile of normal)")
+    ax.set_title("One dot a chest; area under the curve of the residual", loc="left")
     for ax in axes[0]:
         ax.grid(True, axis="both" if ax is axes[0, 0] else "x", linewidth=0.6)
-    best = max(v["auc"], key=lambda name: v["auc"][name])
-    which = "The x-rays tell" if best in ("residual", "peak") else "The spread tells"
-    return finish(figure, result, f"{which} {kinds[-1].replace('_', ' ')} best, {kinds[0].replace('_', ' ')} least")
+    best, worst = (kinds[k].replace("_", " ") for k in (-1, 0))
+    return finish(figure, result, f"The residual tells {best} best, {worst} least")
