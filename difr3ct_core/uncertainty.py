@@ -147,3 +147,30 @@ def rank_correlation(uncertainty: Tensor, error: Tensor) -> float:
     from scipy.stats import spearmanr
 
     return float(spearmanr(uncertainty.flatten().numpy(), error.flatten().numpy()).statistic)
+
+
+def roc_curve(normal: Float[Tensor, " n"], altered: Float[Tensor, " m"]) -> tuple[Tensor, Tensor]:
+    """Shares of normal and of altered cases at or above every threshold, from (0, 0) to (1, 1).
+
+    Args:
+        normal, altered: a score of each case, larger where a case is held to be altered.
+
+    Raises:
+        InputError: no cases of a kind, or a score that is not finite.
+    """
+    for name, scores in (("normal", normal), ("altered", altered)):
+        if scores.ndim != 1 or not len(scores) or not torch.isfinite(scores).all():
+            raise InputError(f"{name}: found scores of shape {tuple(scores.shape)}, expected one finite number a case.")
+    at = torch.cat([normal, altered]).unique().flip(0)[:, None]
+    shares = [(scores >= at).double().mean(1) for scores in (normal, altered)]
+    false, true = (torch.cat([torch.zeros(1, dtype=torch.float64), share]) for share in shares)
+    return false, true
+
+
+def auroc(normal: Float[Tensor, " n"], altered: Float[Tensor, " m"]) -> float:
+    """Area under :func:`roc_curve`: how often an altered case scores above a normal one, ties by half (Mann-Whitney).
+
+    0.5 is a detector that knows nothing. Arguments and errors as there.
+    """
+    false, true = roc_curve(normal, altered)
+    return float(torch.trapezoid(true, false))

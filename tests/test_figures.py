@@ -137,6 +137,28 @@ def test_title_of_the_calibration_follows_the_numbers(factor: float, too_sure: b
     assert ("smaller than they are" in figure.get_suptitle()) == too_sure
 
 
+@pytest.mark.parametrize(("real", "rows"), [(0.3, 4), (None, 3)])
+def test_detection_shows_every_case_and_names_best_and_worst(real: float | None, rows: int) -> None:
+    normal, altered = np.linspace(0.02, 0.05, 12), np.linspace(0.03, 0.2, 8)
+    arrays = {"residual_normal": normal, "residual_altered": altered}
+    for name in uncertainty.DETECTORS:
+        arrays |= {f"{kind}_{name}": np.array([0, 0.5, 1.0]) for kind in ("false", "true")}
+    values = {
+        "findings": ["metal"] * 3 + ["missing_lung"] * 5,
+        "auc": dict(zip(uncertainty.DETECTORS, (0.9, 0.8, 0.7, 0.6), strict=True)),
+        "auc_finding": {"metal": 0.5, "missing_lung": 1.0},
+        "threshold": 0.048,
+        "real": real,
+    }
+    figure = uncertainty.detection(Result("detection", arrays, values, ORIGIN))
+    axes = figure.axes[1]
+    assert [label.get_text() for label in axes.get_yticklabels()][:3] == ["normal", "metal: 0.50", "missing lung: 1.00"]
+    assert len(axes.get_yticks()) == rows
+    shown = np.concatenate([line.get_xdata() for line in axes.lines if line.get_marker() == "o"])
+    assert sorted(shown) == pytest.approx(sorted([*100 * normal, *100 * altered, *([30.0] if real else [])]))
+    assert "missing lung best, metal least" in figure.get_suptitle()
+
+
 def test_no_figure_can_call_a_model() -> None:
     folder = Path(figures.__file__).parent
     allowed = {"results", "presets", "geometry", "views", "files", "phantoms"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difr3ct_core.files import InputError
-from difr3ct_core.uncertainty import decompose, fit_conformal, moments, rank_correlation
+from difr3ct_core.uncertainty import auroc, decompose, fit_conformal, moments, rank_correlation, roc_curve
 
 SHAPE = (3, 4, 5)
 
@@ -148,3 +148,38 @@ def test_bad_calibration(change, message):
     arguments = {"mean": torch.zeros(4), "std": torch.ones(4), "truth": torch.zeros(4), "level": 0.9} | change
     with pytest.raises(InputError, match=message):
         fit_conformal(**arguments)
+
+
+# --- detectors ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    normal=st.lists(st.integers(0, 9), min_size=1, max_size=30),
+    altered=st.lists(st.integers(0, 9), min_size=1, max_size=30),
+)
+def test_area_is_the_share_of_pairs_in_order(normal, altered):
+    """The Mann-Whitney statistic, counted pair by pair, ties by half."""
+    pairs = [(a > n) + 0.5 * (a == n) for a in altered for n in normal]
+    scores = torch.tensor(normal).float(), torch.tensor(altered).float()
+    assert auroc(*scores) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+    assert auroc(*reversed(scores)) == pytest.approx(1 - auroc(*scores), abs=1e-12)
+    false, true = roc_curve(*scores)
+    assert false[0] == true[0] == 0 and false[-1] == true[-1] == 1
+    assert (false.diff() >= 0).all() and (true.diff() >= 0).all()
+
+
+def test_area_of_two_normal_distributions():
+    """Scores N(0, 1) and N(d, 1): the area is Φ(d / √2)."""
+    generator = torch.Generator().manual_seed(6)
+    normal = torch.randn(4000, generator=generator, dtype=torch.float64)
+    altered = 1 + torch.randn(4000, generator=generator, dtype=torch.float64)
+    assert auroc(normal, altered) == pytest.approx(0.5 * (1 + math.erf(0.5)), abs=0.015)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(0), torch.tensor([1.0, math.nan]), torch.zeros(2, 2)])
+def test_scores_that_are_none_are_refused(bad):
+    with pytest.raises(InputError, match="normal: found scores of shape"):
+        auroc(bad, torch.ones(3))
+    with pytest.raises(InputError, match="altered: found scores of shape"):
+        roc_curve(torch.ones(3), bad)

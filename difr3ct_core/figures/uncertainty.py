@@ -204,3 +204,55 @@ def phantom_and_real(result: Result) -> Figure:
     growth = {key: v[f"rms_{key}_real"] / v[f"rms_{key}_phantom"] for key in ("error", "std")}
     message = "the error grows more than the spread" if growth["error"] > growth["std"] else "error and spread grow"
     return finish(figure, result, f"On a real scan {message}")
+
+
+DETECTORS = {
+    "residual": ("re-projection residual", "red"),
+    "peak": ("largest misfit of a spot", "purple"),
+    "spread": ("mean spread in the body", "blue"),
+    "spread_95": ("95th percentile of the spread", "sky"),
+}
+
+
+@styled
+def detection(result: Result) -> Figure:
+    """Do scores that need no truth tell chests apart that training never had?
+
+    Arrays: for each of DETECTORS ``false_NAME``, ``true_NAME`` (ROC curve, shares); ``residual_normal``,
+    ``residual_altered`` (shares, one a case). Values: ``findings`` (of each altered case), ``auc`` (NAME -> area),
+    ``auc_finding`` (finding -> area by the residual), ``threshold``; ``real``, residual of the real scan, or None.
+    """
+    a, v = result.arrays, result.values
+    figure, axes = new_figure(10.0, 4.3, 1, 2, width_ratios=(1, 1.35))
+    ax = axes[0, 0]
+    ax.plot([0, 100], [0, 100], "--", color=COLOURS["grey"], linewidth=1)
+    for name, (words, colour) in DETECTORS.items():
+        label = f"{words}: {v['auc'][name]:.2f}"
+        ax.step(100 * a[f"false_{name}"], 100 * a[f"true_{name}"], where="post", color=COLOURS[colour], label=label)
+    ax.set_xlabel("normal chests flagged, %")
+    ax.set_ylabel("altered chests flagged, %")
+    ax.set_aspect("equal")
+    ax.legend(loc="lower right", fontsize=8.5, title="area under the curve", title_fontsize=8.5)
+    ax = axes[0, 1]
+    kinds = sorted(v["auc_finding"], key=lambda name: v["auc_finding"][name])
+    findings = np.asarray(v["findings"])
+    rows = [("normal", a["residual_normal"], "grey")]
+    for name in kinds:
+        words = f"{name.replace('_', ' ')}: {v['auc_finding'][name]:.2f}"
+        rows.append((words, a["residual_altered"][findings == name], "red"))
+    if v["real"] is not None:
+        rows.append(("real scan", np.array([v["real"]]), "black"))
+    for y, (_, scores, colour) in enumerate(rows):
+        # Spread over the height of the row, by rank, so that dots do not hide each other.
+        shift = (np.argsort(np.argsort(scores)) % 5 - 2) * 0.09 if len(scores) > 1 else 0
+        ax.plot(100 * scores, y + shift, "o", color=COLOURS[colour], markersize=4.5, alpha=0.75)
+    ax.axvline(100 * v["threshold"], color=COLOURS["grey"], linestyle="--", linewidth=1)
+    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("re-projection residual, % (dashed: 95th percentile of normal)")
+    ax.set_title("One dot a chest; area under the curve of the residual", loc="left")
+    for ax in axes[0]:
+        ax.grid(True, axis="both" if ax is axes[0, 0] else "x", linewidth=0.6)
+    best, worst = (kinds[k].replace("_", " ") for k in (-1, 0))
+    return finish(figure, result, f"The residual tells {best} best, {worst} least")
