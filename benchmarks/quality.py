@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data")
     parser.add_argument("--patients", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--models", nargs="+", help="only these diffusion models, such as 8view any (default: all)")
+    parser.add_argument("--models", nargs="+", help="measure only these diffusion models, such as 8view any")
     options = parser.parse_args()
     chapter = open_chapter("quality", options.preset, options.data)
     preset, window = chapter.preset, chapter.preset.volume.hu_max - chapter.preset.volume.hu_min
@@ -67,7 +67,7 @@ def main() -> None:
             print(f"{name:40} {float(values.mean()):8.3f} ± {spread:.3f}", flush=True)
 
     vqgan = chapter.vqgan()
-    for prefix, patients in sets:
+    for prefix, patients in sets if not options.models else []:
         truth = patients.unit()
         with torch.inference_mode():
             decoded = torch.cat([vqgan.decode(vqgan.encode(part)) for part in truth.split(4)])
@@ -91,16 +91,17 @@ def main() -> None:
             for metric, values in single.items():
                 unit = "dB" if metric == "psnr" else "of 1"
                 figures[f"sample_{metric}_{key}"] = {"value": float(values.mean()), "unit": unit}
-    for prefix, patients in sets:
+    for prefix, patients in sets if not options.models else []:
         for view_set in VIEW_SETS:
             found = {"psnr": psnr(classical(patients, view_set, preset), patients.unit(), 2.0)}
             note(f"{prefix}classical_{view_set}", found, len(patients))
-    mean = chapter.patients("train").hu.double().mean(0).float()[None, None]
-    note(
-        "mean_volume",
-        {"psnr": psnr(hu_to_unit(mean, preset.volume).expand_as(test.unit()), test.unit(), 2.0)},
-        len(test),
-    )
+    if not options.models:
+        mean = chapter.patients("train").hu.double().mean(0).float()[None, None]
+        note(
+            "mean_volume",
+            {"psnr": psnr(hu_to_unit(mean, preset.volume).expand_as(test.unit()), test.unit(), 2.0)},
+            len(test),
+        )
     path = ROOT / "benchmarks" / "results" / f"quality_{options.preset}.json"
     words = f"--preset {options.preset} --patients {options.patients} --samples {options.samples}"
     update_results(path, figures, f"python benchmarks/quality.py {words}")
