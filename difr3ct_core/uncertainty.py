@@ -72,24 +72,47 @@ class ConformalIntervals:
     Attributes:
         level: share of voxels that the interval is to hold.
         edges: HU of the posterior mean that divide tissues into groups.
-        factors: of each group, by which the spread is multiplied.
+        spread_edges: HU of the standard deviation that divide each tissue further.
+        below, above: of each group, by which the spread is multiplied for the way from the mean down and up. Either can
+            be negative, where nearly all calibration voxels lay on one side of the mean.
         floor_hu: added to the spread, so that samples which agree exactly still have an error bar.
     """
 
     level: float
     edges: Float[Tensor, " g"]
-    factors: Float[Tensor, " g1"]
+    spread_edges: Float[Tensor, "g1 b"]
+    below: Float[Tensor, "g1 b1"]
+    above: Float[Tensor, "g1 b1"]
     floor_hu: float
 
+    def bounds(
+        self, mean: Float[Tensor, "*v"], std: Float[Tensor, "*v"]
+    ) -> tuple[Float[Tensor, "*v"], Float[Tensor, "*v"]]:
+        """Lower and upper end of every voxel's interval in HU."""
+        tissue = torch.bucketize(mean, self.edges)
+        group = (tissue, _spread_bin(std, tissue, self.spread_edges))
+        scale = std + self.floor_hu
+        return mean - self.below[group] * scale, mean + self.above[group] * scale
+
     def half_width(self, mean: Float[Tensor, "*v"], std: Float[Tensor, "*v"]) -> Float[Tensor, "*v"]:
-        """Half the width of every voxel's interval in HU: mean ± this."""
-        return self.factors[torch.bucketize(mean, self.edges)] * (std + self.floor_hu)
+        """Half the width of every voxel's interval in HU."""
+        low, high = self.bounds(mean, std)
+        return (high - low) / 2
 
     def coverage(
         self, mean: Float[Tensor, "*v"], std: Float[Tensor, "*v"], truth: Float[Tensor, "*v"]
     ) -> Float[Tensor, "*v"]:
         """True where the interval holds the truth."""
-        return (truth - mean).abs() <= self.half_width(mean, std)
+        low, high = self.bounds(mean, std)
+        return (low <= truth) & (truth <= high)
+
+
+def _spread_bin(std: Float[Tensor, "*v"], tissue: Tensor, edges: Float[Tensor, "g1 b"]) -> Tensor:
+    """Number of the group by spread within each voxel's tissue."""
+    group = torch.zeros_like(tissue)
+    for column in edges.T:
+        group += std > column[tissue]
+    return group
 
 
 #: Lung, fat, soft tissue, and bone, by the HU of the posterior mean: what is known where the truth is not.
@@ -103,21 +126,29 @@ def fit_conformal(
     level: float = 0.9,
     edges_hu: tuple[float, ...] = TISSUE_EDGES_HU,
     floor_hu: float = 5.0,
+    spread_bins: int = 6,
 ) -> ConformalIntervals:
-    """Split-conformal calibration of the spread (Papadopoulos et al. 2002; by groups, Vovk 2012).
+    """Split-conformal calibration of the spread (Papadopoulos et al. 2002), by groups (Vovk 2012) and each side apart.
 
-    In each group of voxels the score |truth - mean| / (std + floor) is sorted over the calibration patients; its
-    ⌈level·(n + 1)⌉-th smallest value is the factor. A voxel of a new patient of the same kind then lies inside with
-    probability ``level``, whatever the distributions are; of another kind (a real scan) nothing is promised.
+    Voxels are grouped by tissue and, within it, by spread. In each group the scores (mean - truth) / (std + floor) and
+    (truth - mean) / (std + floor) of the calibration patients are sorted; the ⌈(1 - α/2)(n + 1)⌉-th smallest, with
+    α = 1 - level, is the factor of its side (Romano et al. 2019, theorem 2). Errors are skewed: where bone may be, the
+    truth lies far above the mean or a little below it, and one factor for both would be wide on both.
+
+    A voxel of a new patient of the same kind then lies inside with probability ``level``, on the average over patients,
+    whatever the distributions are. The voxels of one patient err together, so that one patient's share can be several
+    points lower or higher; take many patients. Of another kind (a real scan) nothing is promised.
 
     Args:
         mean, std, truth: of voxels of calibration patients, in HU; patients that trained nothing.
         level: 0 to 1.
-        edges_hu: of the groups, by the mean; a group without voxels takes the factor of all voxels together.
+        edges_hu: of the tissues, by the mean; one without voxels takes the factors of all voxels together.
         floor_hu: see :class:`ConformalIntervals`.
+        spread_bins: equally large groups by spread in each tissue; fewer where they would hold too few voxels for the
+            rank above to be one of theirs.
 
     Raises:
-        InputError: shapes differ, values are not finite, or the level is no share.
+        InputError: shapes differ, values are not finite, the level is no share, or there are no bins.
     """
     if mean.shape != truth.shape or std.shape != truth.shape:
         raise InputError(
@@ -126,20 +157,35 @@ def fit_conformal(
         )
     if not 0 < level < 1:
         raise InputError(f"level: found {level:g}, expected a share between 0 and 1.")
+    if spread_bins < 1:
+        raise InputError(f"spread_bins: found {spread_bins}, expected at least 1.")
+    if not mean.numel():
+        raise InputError("mean: holds no voxel, expected those of calibration patients.")
     if not all(torch.isfinite(part).all() for part in (mean, std, truth)):
         raise InputError("mean, std or truth: hold NaN or infinity, expected finite HU.")
     edges = torch.tensor(edges_hu, dtype=torch.float32)
-    flat = mean.flatten().float()
-    score = (truth.flatten().float() - flat).abs() / (std.flatten().float() + floor_hu)
-    group = torch.bucketize(flat, edges)
+    flat, spread = mean.flatten().float(), std.flatten().float()
+    score = (truth.flatten().float() - flat) / (spread + floor_hu)
+    tail = (1 - level) / 2
+    enough = math.ceil(1 / tail) - 1  # the fewest scores of which the rank is not beyond the largest
 
-    def quantile(some: Tensor) -> Tensor:
-        rank = min(math.ceil(level * (len(some) + 1)), len(some))
-        return some.kthvalue(rank).values
+    def both_sides(some: Tensor) -> Tensor:
+        rank = min(math.ceil((1 - tail) * (len(some) + 1)), len(some))
+        return torch.stack([side.kthvalue(rank).values for side in (-some, some)])
 
-    whole = quantile(score)
-    factors = [quantile(part) if len(part := score[group == g]) else whole for g in range(len(edges_hu) + 1)]
-    return ConformalIntervals(level, edges, torch.stack(factors), floor_hu)
+    factors = both_sides(score)[:, None, None].repeat(1, len(edges) + 1, spread_bins)
+    spread_edges = torch.full((len(edges) + 1, spread_bins - 1), math.inf)
+    tissue = torch.bucketize(flat, edges)
+    for g in range(len(edges) + 1):
+        own, of_own = score[tissue == g], spread[tissue == g]
+        if not len(own):
+            continue
+        ordered, bins = of_own.sort().values, max(1, min(spread_bins, len(own) // enough))
+        spread_edges[g, : bins - 1] = ordered[[len(own) * k // bins - 1 for k in range(1, bins)]]
+        group = _spread_bin(of_own, torch.zeros_like(of_own, dtype=torch.long), spread_edges[g : g + 1])
+        for k in group.unique().tolist():  # where spreads are equal, fewer than there are bins
+            factors[:, g, k] = both_sides(own[group == k])
+    return ConformalIntervals(level, edges, spread_edges, *factors, floor_hu)
 
 
 def rank_correlation(uncertainty: Tensor, error: Tensor) -> float:

@@ -125,15 +125,73 @@ def test_for_normal_errors_the_factor_is_the_normal_quantile():
     mean = torch.zeros(200_000)
     truth = std * torch.randn(200_000, generator=generator)
     intervals = fit_conformal(mean, std, truth, 0.9, floor_hu=0.0)
-    assert float(intervals.factors[3]) == pytest.approx(1.6449, abs=0.015)  # group of -20 to 150 HU
-    assert float(intervals.factors[0]) == pytest.approx(1.6449, abs=0.015)  # empty: that of all voxels
+    for side in (intervals.below, intervals.above):
+        assert side[3].numpy() == pytest.approx(1.6449, abs=0.05)  # six groups of -20 to 150 HU
+        assert side[0].numpy() == pytest.approx(1.6449, abs=0.015)  # empty: that of all voxels
+    assert (intervals.spread_edges[3].diff() > 0).all() and intervals.spread_edges[0].isinf().all()
 
 
 def test_small_calibration_sets_err_on_the_wide_side():
-    """With n scores the rank is ⌈level (n + 1)⌉: nine of nine for 90 %."""
+    """With n scores the rank is ⌈0.95 (n + 1)⌉ on either side: nine of nine for 90 %."""
     mean, std = torch.zeros(9), torch.ones(9)
-    intervals = fit_conformal(mean, std, torch.arange(1.0, 10.0), 0.9, floor_hu=0.0)
-    assert float(intervals.half_width(mean, std)[0]) == 9.0
+    intervals = fit_conformal(mean, std, torch.arange(-3.0, 6.0), 0.9, floor_hu=0.0)
+    low, high = intervals.bounds(mean, std)
+    assert (low == -3).all() and (high == 5).all()
+    assert float(intervals.half_width(mean, std)[0]) == 4.0
+    assert intervals.spread_edges.isinf().all()  # too few to divide them by spread
+
+
+def test_each_side_has_its_own_width():
+    """Of an exponential error the interval is from the 5 % to the 95 % quantile, not as wide below as above."""
+    generator = torch.Generator().manual_seed(4)
+    mean, std = torch.zeros(100_000), torch.full((100_000,), 10.0)
+    truth = 10 * torch.empty(100_000).exponential_(generator=generator)
+    intervals = fit_conformal(mean, std, truth, 0.9, floor_hu=0.0)
+    low, high = (float(end[0]) for end in intervals.bounds(mean, std))
+    assert low == pytest.approx(-10 * math.log(0.95), rel=0.05)  # above the mean: below it nothing ever lies
+    assert high == pytest.approx(-10 * math.log(0.05), rel=0.02)
+
+
+def test_a_spread_that_errs_differently_where_it_is_small_is_put_right():
+    """Where samples agree the error is many times the spread, elsewhere as large: held at 90 % in both."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(n):
+        std = torch.where(torch.rand(n, generator=generator) < 0.5, 2.0, 60.0) * (
+            1 + 0.1 * torch.rand(n, generator=generator)
+        )
+        error = torch.where(std < 10, 40.0, std) * torch.randn(n, generator=generator)
+        return torch.zeros(n), std, error
+
+    calibration, (mean, std, truth) = draw(60_000), draw(60_000)
+    for bins, right in ((6, True), (1, False)):
+        held = fit_conformal(*calibration, 0.9, spread_bins=bins).coverage(mean, std, truth)
+        assert float(held.double().mean()) == pytest.approx(0.9, abs=0.01)
+        of = [float(held[where].double().mean()) for where in (std < 10, std > 10)]
+        assert (max(abs(share - 0.9) for share in of) < 0.01) == right
+
+
+def test_patients_of_whom_some_are_harder_are_covered_on_the_average():
+    """Errors of one patient share a factor that nobody sees: the promise holds over patients, not for each of them."""
+    generator = torch.Generator().manual_seed(6)
+
+    def patients(n):
+        std = 10 + 20 * torch.rand(n, 2000, generator=generator)
+        harder = (0.3 * torch.randn(n, 1, generator=generator)).exp()
+        return torch.zeros(n, 2000), std, harder * std * torch.randn(n, 2000, generator=generator)
+
+    held = fit_conformal(*patients(100), 0.9).coverage(*(test := patients(400))[:2], test[2]).double().mean(1)
+    assert float(held.mean()) == pytest.approx(0.9, abs=0.01)
+    assert float(held.min()) < 0.8 and float(held.max()) > 0.95
+
+
+def test_equal_spreads_make_one_group():
+    mean, std = torch.zeros(1000), torch.full((1000,), 7.0)
+    truth = torch.randn(1000, generator=torch.Generator().manual_seed(7))
+    intervals = fit_conformal(mean, std, truth, 0.9)
+    assert float(intervals.coverage(mean, std, truth).double().mean()) == pytest.approx(0.9, abs=0.005)
+    # Samples of a new patient that agree even better, or less, have an error bar all the same.
+    assert (intervals.half_width(mean, torch.linspace(0, 100, 1000)) > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +199,8 @@ def test_small_calibration_sets_err_on_the_wide_side():
     [
         ({"truth": torch.zeros(3)}, r"truth: found shape \(3,\), expected that of mean \(4,\)"),
         ({"level": 90.0}, "level: found 90, expected a share between 0 and 1"),
+        ({"spread_bins": 0}, "spread_bins: found 0, expected at least 1"),
+        (dict.fromkeys(("mean", "std", "truth"), torch.zeros(0)), "mean: holds no voxel"),
         ({"std": torch.full((4,), math.nan)}, "mean, std or truth: hold NaN or infinity"),
     ],
 )
