@@ -1,6 +1,6 @@
 """How far to believe a reconstruction: agreement with the x-rays, coverage of intervals, misplaced x-rays.
 
-    python benchmarks/trust.py [--preset small] [--patients 8] [--samples 8]
+    python benchmarks/trust.py [--preset small] [--patients 8] [--samples 8] [--interval-patients 24]
 
 On held-out phantoms, and on the real scan apart (keys with ``real_``). PSNR with the peak of the HU window. "Solver" is
 total variation on the same x-rays, with the trunk's outline at one and two views. Writes ``results/trust.json``:
@@ -8,7 +8,8 @@ total variation on the same x-rays, with the trunk's outline at one and two view
 - ``consistency_gain_VIEWS``: mean of corrected samples over the solver, dB; every way of correction and its seconds are
   in ``ways``;
 - ``residual_ratio``: re-projection error as drawn over that of corrected samples (8 views);
-- ``coverage_90``: of conformal intervals fitted on the validation split, and ``coverage_90_ORGAN``;
+- ``coverage_90``: of conformal intervals fitted on the validation split, of the test split's body, and
+  ``coverage_90_ORGAN``, on ``--interval-patients`` of each split: patients differ, and few of them say little;
 - ``error_uncertainty_rank_correlation``: of spread and error of the mean, in the body;
 - ``pose_psnr_loss``, ``pose_psnr_recovered``: x-rays up to 5 degrees and 10 mm off, dB.
 """
@@ -36,7 +37,7 @@ from difr3ct_core.phantoms import LABELS
 from difr3ct_core.pose import recover_views
 from difr3ct_core.reconstruct import posterior_samples
 from difr3ct_core.sampling import dpm_solver_pp_2m, gaussian, guided
-from difr3ct_core.uncertainty import fit_conformal, rank_correlation
+from difr3ct_core.uncertainty import fit_conformal, organ_weight, rank_correlation
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEWS = {"8view": "8view", "4view": "4view", "2view": "2view", "1view": "1view_frontal"}
@@ -146,22 +147,28 @@ def intervals(chapter: Chapter, count: int, samples: int, view_set: str = "2view
             hu = unit_to_hu(corrected(found, some, chapter, way), chapter.preset.volume)
             parts[split] = (some, hu.mean(1), hu.std(1), some.hu.float())
         body = {split: part[0].labels != LABELS["air"] for split, part in parts.items()}
-        fitted = fit_conformal(*(values[body["val"]] for values in parts["val"][1:]), 0.9)
+        calibrating, where = parts["val"][0], body["val"]
+        patient = torch.arange(len(calibrating))[:, None, None, None].expand(where.shape)[where]
+        weight = organ_weight(calibrating.labels[where])
+        fitted = fit_conformal(*(v[where] for v in parts["val"][1:]), 0.9, patient=patient, weight=weight)
         test, mean, std, truth = parts["test"]
         inside, where = fitted.coverage(mean, std, truth), body["test"]
-        width = float(fitted.half_width(mean, std)[where].mean())
+        width = fitted.half_width(mean, std)
         raw = float(((truth - mean).abs() <= 1.6449 * std)[where].double().mean())
+        by_patient = [100 * float(held[own].double().mean()) for held, own in zip(inside, where, strict=True)]
         figures[f"coverage_90{mark}"] = {
-            "value": 100 * float(inside[where].double().mean()), "unit": "%", "patients": len(test), "views": view_set,
-            "mean_half_width_hu": width, "uncalibrated": 100 * raw, "samples": samples,
-            "factors": fitted.factors.tolist(),
+            "value": 100 * float(inside[where].double().mean()), "unit": "%", "views": view_set, "samples": samples,
+            "patients": len(test), "calibration_patients": len(calibrating), "by_patient": by_patient,
+            "mean_half_width_hu": float(width[where].mean()), "uncalibrated": 100 * raw, "asked": 100 * fitted.asked,
         }  # fmt: skip
         if not mark:
             for organ, label in LABELS.items():
                 own = test.labels == label
                 if organ != "air" and int(own.sum()) >= 5e-4 * own.numel():
-                    share = 100 * float(inside[own].double().mean())
-                    figures[f"coverage_90_{organ}"] = {"value": share, "unit": "%"}
+                    figures[f"coverage_90_{organ}"] = {
+                        "value": 100 * float(inside[own].double().mean()), "unit": "%",
+                        "mean_half_width_hu": float(width[own].mean()),
+                    }  # fmt: skip
         figures[f"error_uncertainty_rank_correlation{mark}"] = {
             "value": rank_correlation(std[where], (mean - truth).abs()[where]), "unit": "of 1", "views": view_set,
         }  # fmt: skip
@@ -200,6 +207,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--data", type=Path, default=ROOT / "data")
     parser.add_argument("--patients", type=int, default=8)
+    parser.add_argument("--interval-patients", type=int, default=24, help="of each split, for coverage_90")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--parts", nargs="+", default=["agreement", "real", "intervals", "places"])
     parser.add_argument("--inside", action="store_true", help="also correct inside the sampling, which takes long")
@@ -213,10 +221,11 @@ def main() -> None:
     if "real" in options.parts and chapter.real is not None:
         figures |= agreement(chapter, chapter.real, "real_", options.samples, full=False)
     if "intervals" in options.parts:
-        figures |= intervals(chapter, options.patients, options.samples)
+        figures |= intervals(chapter, options.interval_patients, options.samples)
     if "places" in options.parts:
         figures |= places(chapter, some.take(range(min(4, len(some)))))
     words = f"python benchmarks/trust.py --preset {options.preset} --patients {options.patients}"
+    words += f" --interval-patients {options.interval_patients}"
     update_results(ROOT / "benchmarks" / "results" / "trust.json", figures, f"{words} --samples {options.samples}")
     print(json.dumps({key: round(figure["value"], 3) for key, figure in figures.items()}, indent=1))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difr3ct_core.files import InputError
-from difr3ct_core.uncertainty import auroc, decompose, fit_conformal, moments, rank_correlation, roc_curve
+from difr3ct_core.uncertainty import auroc, decompose, fit_conformal, moments, organ_weight, rank_correlation, roc_curve
 
 SHAPE = (3, 4, 5)
 
@@ -125,15 +125,126 @@ def test_for_normal_errors_the_factor_is_the_normal_quantile():
     mean = torch.zeros(200_000)
     truth = std * torch.randn(200_000, generator=generator)
     intervals = fit_conformal(mean, std, truth, 0.9, floor_hu=0.0)
-    assert float(intervals.factors[3]) == pytest.approx(1.6449, abs=0.015)  # group of -20 to 150 HU
-    assert float(intervals.factors[0]) == pytest.approx(1.6449, abs=0.015)  # empty: that of all voxels
+    for side in (intervals.below, intervals.above):
+        assert side[3].numpy() == pytest.approx(1.6449, abs=0.05)  # six groups of -20 to 150 HU
+        assert side[0].numpy() == pytest.approx(1.6449, abs=0.015)  # empty: that of all voxels
+    assert (intervals.spread_edges[3].diff() > 0).all() and intervals.spread_edges[0].isinf().all()
 
 
 def test_small_calibration_sets_err_on_the_wide_side():
-    """With n scores the rank is ⌈level (n + 1)⌉: nine of nine for 90 %."""
+    """With n scores the rank is ⌈0.95 (n + 1)⌉ on either side: nine of nine for 90 %."""
     mean, std = torch.zeros(9), torch.ones(9)
-    intervals = fit_conformal(mean, std, torch.arange(1.0, 10.0), 0.9, floor_hu=0.0)
-    assert float(intervals.half_width(mean, std)[0]) == 9.0
+    intervals = fit_conformal(mean, std, torch.arange(-3.0, 6.0), 0.9, floor_hu=0.0)
+    low, high = intervals.bounds(mean, std)
+    assert (low == -3).all() and (high == 5).all()
+    assert float(intervals.half_width(mean, std)[0]) == 4.0
+    assert intervals.spread_edges.isinf().all()  # too few to divide them by spread
+
+
+def test_each_side_has_its_own_width():
+    """Of an exponential error the interval is from the 5 % to the 95 % quantile, not as wide below as above."""
+    generator = torch.Generator().manual_seed(4)
+    mean, std = torch.zeros(100_000), torch.full((100_000,), 10.0)
+    truth = 10 * torch.empty(100_000).exponential_(generator=generator)
+    intervals = fit_conformal(mean, std, truth, 0.9, floor_hu=0.0)
+    low, high = (float(end[0]) for end in intervals.bounds(mean, std))
+    assert low == pytest.approx(-10 * math.log(0.95), rel=0.05)  # above the mean: below it nothing ever lies
+    assert high == pytest.approx(-10 * math.log(0.05), rel=0.02)
+
+
+def test_a_spread_that_errs_differently_where_it_is_small_is_put_right():
+    """Where samples agree the error is many times the spread, elsewhere as large: held at 90 % in both."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(n):
+        std = torch.where(torch.rand(n, generator=generator) < 0.5, 2.0, 60.0) * (
+            1 + 0.1 * torch.rand(n, generator=generator)
+        )
+        error = torch.where(std < 10, 40.0, std) * torch.randn(n, generator=generator)
+        return torch.zeros(n), std, error
+
+    calibration, (mean, std, truth) = draw(60_000), draw(60_000)
+    for bins, right in ((6, True), (1, False)):
+        held = fit_conformal(*calibration, 0.9, spread_bins=bins).coverage(mean, std, truth)
+        assert float(held.double().mean()) == pytest.approx(0.9, abs=0.01)
+        of = [float(held[where].double().mean()) for where in (std < 10, std > 10)]
+        assert (max(abs(share - 0.9) for share in of) < 0.01) == right
+
+
+def hard_and_easy(n: int, seed: int, size: int = 1500):
+    """Patients (n, voxels) whose errors share, in each tissue, a factor that nobody sees."""
+    generator = torch.Generator().manual_seed(seed)
+    tissue = torch.arange(size) % 5
+    mean = torch.tensor([-800.0, -300.0, -100.0, 50.0, 300.0])[tissue].expand(n, size)
+    std = 10 + 20 * torch.rand(n, size, generator=generator)
+    harder = (0.6 * torch.randn(n, 5, generator=generator)).exp()[:, tissue]
+    return mean, std, mean + harder * std * torch.randn(n, size, generator=generator)
+
+
+def test_the_promise_is_for_patients_on_the_average_and_not_for_each():
+    mean, std, truth = hard_and_easy(400, 6)
+    held = fit_conformal(*hard_and_easy(100, 7), 0.9).coverage(mean, std, truth).double().mean(1)
+    assert float(held.mean()) == pytest.approx(0.9, abs=0.015)
+    assert float(held.min()) < 0.8 and float(held.max()) > 0.95
+
+
+def test_few_patients_are_fewer_than_their_voxels():
+    """Intervals that hold 90 % of five patients hold less of others; leaving patients out in turn finds how much."""
+    mean, std, truth = hard_and_easy(200, 8)
+    plain, others, asked = [], [], []
+    for seed in range(12):
+        calibration = hard_and_easy(5, 100 + seed)
+        patient = torch.arange(5)[:, None].expand(calibration[0].shape)
+        plain.append(float(fit_conformal(*calibration, 0.9).coverage(mean, std, truth).double().mean()))
+        fitted = fit_conformal(*calibration, 0.9, patient=patient)
+        others.append(float(fitted.coverage(mean, std, truth).double().mean()))
+        asked.append(fitted.asked)
+    assert sum(plain) / 12 < 0.88 and min(asked) > 0.9
+    assert sum(others) / 12 == pytest.approx(0.9, abs=0.02)
+
+
+def test_with_many_patients_alike_nothing_more_is_asked():
+    calibration = [part.view(20, 2000) for part in voxels(40_000, 9)]
+    patient = torch.arange(20)[:, None].expand(20, 2000)
+    assert fit_conformal(*calibration, 0.9, patient=patient).asked == pytest.approx(0.9, abs=0.006)
+
+
+def test_weights_hold_a_rare_structure_more_often_at_the_same_share_of_all():
+    """One voxel in twenty is bone that the mean shows as muscle, missed by the model: the truth is far above."""
+    generator = torch.Generator().manual_seed(10)
+
+    def draw(n):
+        bone = (torch.rand(n, 1000, generator=generator) < 0.05).byte()
+        error = torch.randn(n, 1000, generator=generator) * torch.where(bone == 1, 30.0, 10.0) + 100 * bone
+        return torch.zeros(n, 1000), 8 + 4 * torch.rand(n, 1000, generator=generator), error, bone
+
+    (*calibration, labels), (mean, std, truth, bone) = draw(60), draw(100)
+    patient = torch.arange(60)[:, None].expand(60, 1000)
+    of_bone = []
+    for power in (0.0, 0.5, 1.0):
+        fitted = fit_conformal(*calibration, 0.9, patient=patient, weight=organ_weight(labels, power))
+        held = fitted.coverage(mean, std, truth)
+        assert float(held.double().mean()) == pytest.approx(0.9, abs=0.01)
+        of_bone.append(float(held[bone == 1].double().mean()))
+    assert of_bone[0] < 0.1 and of_bone[1] > 0.3 and of_bone[2] > 0.6, of_bone
+
+
+def test_weight_of_an_organ():
+    labels = torch.tensor([[0, 0, 0, 0], [2, 2, 2, 7]], dtype=torch.uint8)
+    assert organ_weight(labels, 0.0).tolist() == [[1.0] * 4] * 2
+    whole = organ_weight(labels, 1.0)
+    assert [float(whole[labels == k].sum()) for k in (0, 2, 7)] == pytest.approx([8 / 3] * 3)  # every organ the same
+    half = organ_weight(labels, 0.5)
+    assert float(half[1, 3] / half[0, 0]) == pytest.approx(2.0) and float(half.mean()) == pytest.approx(1.0)
+
+
+def test_equal_spreads_make_one_group():
+    mean, std = torch.zeros(1000), torch.full((1000,), 7.0)
+    truth = torch.randn(1000, generator=torch.Generator().manual_seed(7))
+    intervals = fit_conformal(mean, std, truth, 0.9)
+    assert float(intervals.coverage(mean, std, truth).double().mean()) == pytest.approx(0.9, abs=0.005)
+    # Samples of a new patient that agree even better, or less, have an error bar all the same.
+    assert (intervals.half_width(mean, torch.linspace(0, 100, 1000)) > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +252,15 @@ def test_small_calibration_sets_err_on_the_wide_side():
     [
         ({"truth": torch.zeros(3)}, r"truth: found shape \(3,\), expected that of mean \(4,\)"),
         ({"level": 90.0}, "level: found 90, expected a share between 0 and 1"),
+        ({"spread_bins": 0}, "spread_bins: found 0, expected at least 1"),
+        (dict.fromkeys(("mean", "std", "truth"), torch.zeros(0)), "mean: holds no voxel"),
+        ({"patient": torch.zeros(3)}, r"patient: found shape \(3,\), expected that of mean \(4,\)"),
+        ({"patient": torch.ones(4, dtype=torch.long)}, "patient: found 1, expected voxels of at least 2 patients"),
+        ({"weight": torch.ones(4)}, "weight: found one without patient"),
+        (
+            {"patient": torch.arange(4), "weight": torch.zeros(4)},
+            "weight: found one without patient or one not above 0",
+        ),
         ({"std": torch.full((4,), math.nan)}, "mean, std or truth: hold NaN or infinity"),
     ],
 )
