@@ -175,7 +175,8 @@ def conformal(result: Result) -> Figure:
     ax.grid(True, axis="x", linewidth=0.6)
     ax.legend(loc="upper left")
     good = all(abs(v[f"held_{views}"] - 90) <= 2 for views in PAIR)
-    return finish(figure, result, f"Calibrated error bars {'hold' if good else 'come closer to'} what they promise")
+    words = "hold what they promise in the body as a whole" if good else "come closer to what they promise"
+    return finish(figure, result, f"Calibrated error bars {words}, not in every organ")
 
 
 @styled
