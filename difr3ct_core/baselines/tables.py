@@ -48,7 +48,6 @@ def measure(
     view_set: str,
     patients: int,
     look: Perceptual | None = None,
-    options: Options | None = None,
 ) -> tuple[dict[str, Any], Int16[np.ndarray, "3 n n"]]:
     """The entry of one method, trained or loaded here, and three slices of the first test patient in HU.
 
@@ -58,7 +57,6 @@ def measure(
         view_set: name of the x-rays.
         patients: at most so many of the test split.
         look: VGG16, for ``perceptual``.
-        options: of the training.
 
     Returns:
         ``{"value": mean PSNR, "unit": "dB", "n", "ids", METRIC: {"mean", "std", "patients"}, ...}`` with the metrics
@@ -70,14 +68,14 @@ def measure(
         InputError: no such method, or not for these views.
     """
     method = get_method(name, view_set)
-    ready = method.prepare(chapter, view_set, options or Options())
+    ready = method.prepare(chapter, view_set, Options())
     test = chapter.patients("test", view_set)
     test = test.take(range(min(len(test), patients)))
     began = time.perf_counter()
     volumes = method.reconstruct(ready, chapter, test)
     seconds = (time.perf_counter() - began) / len(test)
     found = {key: spread(values) for key, values in score(volumes, test.unit(), test.volume, look).items()}
-    once = {**training_cost(chapter, name, view_set)} | ({} if method.reuses else {"sample_seconds": seconds})
+    once = training_cost(chapter, name, view_set) | ({} if method.reuses else {"sample_seconds": seconds})
     found |= {key: {"mean": value, "std": 0.0} for key, value in once.items()}
     entry = {"value": found["psnr"]["mean"], "unit": "dB", "n": len(test), "ids": list(test.ids), **found}
     entry["preset"] = chapter.preset.name
