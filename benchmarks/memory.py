@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from _results import update_results
+from models import peak_of
 
 from difr3ct_core.baselines.diffusion3d import VoxelDiffusion
 from difr3ct_core.baselines.inrr3ct import INRR3CT
@@ -44,12 +45,6 @@ METHODS = {
 }
 
 
-def resident_gb() -> tuple[float, float]:
-    """Resident memory now, and its peak, in GB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return int(lines["VmRSS"].split()[0]) / 1e6, int(lines["VmHWM"].split()[0]) / 1e6
-
-
 def step_gb(method: str, view_set: str, preset_name: str) -> float:
     """GB that two steps of a method take, in this process."""
     preset, baselines = get_preset(preset_name), get_baselines(preset_name)
@@ -57,38 +52,40 @@ def step_gb(method: str, view_set: str, preset_name: str) -> float:
     torch.manual_seed(0)
     truth = torch.rand(1, 1, *preset.volume.shape) * 2 - 1
     xrays = torch.rand(1, len(views), *views[0].detector_shape)
-    before, _ = resident_gb()
-    critic: torch.nn.Module | None = None
-    if method == "difr3ct":
-        model: torch.nn.Module = LatentDiffusion(preset)
-        latent = torch.randn(1, *preset.latent_shape)
-        known = torch.randn(1, *preset.latent_shape) if preset.initial.solver != "none" else None
-    elif method == "vqgan":
-        model = VQGAN(preset.vqgan)
-    elif method == "diffusion3d":
-        model = VoxelDiffusion(preset, baselines.diffusion3d, views)
-    elif method == "x2ctgan":
-        model = X2CTGAN(preset, baselines.x2ctgan, views)
-        critic = model.critic()
-    else:
-        points = truth.numel() if method == "inrr3ct" else baselines.inrr3ct.points
-        model = INRR3CT(preset, dataclasses.replace(baselines.inrr3ct, most_views=8, points=points), views)
-    optimisers = [torch.optim.Adam(module.parameters()) for module in (model, critic) if module is not None]
-    for step in range(2):
-        generator = torch.Generator().manual_seed(step)
+
+    def two_steps() -> None:
+        critic: torch.nn.Module | None = None
         if method == "difr3ct":
-            loss = model.loss(latent, xrays, views, generator, slice(0, 1), 1, known)[0]
+            model: torch.nn.Module = LatentDiffusion(preset)
+            latent = torch.randn(1, *preset.latent_shape)
+            known = torch.randn(1, *preset.latent_shape) if preset.initial.solver != "none" else None
         elif method == "vqgan":
-            loss = model.loss(truth, generator)[0]
+            model = VQGAN(preset.vqgan)
+        elif method == "diffusion3d":
+            model = VoxelDiffusion(preset, baselines.diffusion3d, views)
+        elif method == "x2ctgan":
+            model = X2CTGAN(preset, baselines.x2ctgan, views)
+            critic = model.critic()
         else:
-            loss = model.loss(truth, xrays, generator, slice(0, 1), 1, critic)[0]
-        loss.backward()
-        if critic is not None:
-            critic.loss()[0].backward()
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
-    return resident_gb()[1] - before
+            points = truth.numel() if method == "inrr3ct" else baselines.inrr3ct.points
+            model = INRR3CT(preset, dataclasses.replace(baselines.inrr3ct, most_views=8, points=points), views)
+        optimisers = [torch.optim.Adam(module.parameters()) for module in (model, critic) if module is not None]
+        for step in range(2):
+            generator = torch.Generator().manual_seed(step)
+            if method == "difr3ct":
+                loss = model.loss(latent, xrays, views, generator, slice(0, 1), 1, known)[0]
+            elif method == "vqgan":
+                loss = model.loss(truth, generator)[0]
+            else:
+                loss = model.loss(truth, xrays, generator, slice(0, 1), 1, critic)[0]
+            loss.backward()
+            if critic is not None:
+                critic.loss()[0].backward()
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
+
+    return peak_of(two_steps)
 
 
 def main() -> int:
