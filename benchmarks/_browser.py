@@ -121,9 +121,14 @@ def moved_share(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def start_viewer(page: Any, figure: Any, engine: str, patience_s: float = 240) -> str:
-    """Press the button of an engine; returns "ready" or "failed"."""
+    """Press the button of an engine; returns "ready", "failed", or "too slow" after ``patience_s``."""
+    from playwright.sync_api import TimeoutError as TooSlow
+
     figure.locator(f"button[data-engine={engine}]").click()
-    return wait_for_state(page, figure, patience_s)
+    try:
+        return wait_for_state(page, figure, patience_s)
+    except TooSlow:
+        return "too slow"
 
 
 def wait_for_state(page: Any, figure: Any, patience_s: float = 240) -> str:

@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _memory import forget_peak, status_bytes
 from _results import update_results
 from torch import nn
 
@@ -109,19 +110,13 @@ def step_seconds(net: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) -> f
     return time.process_time() - begin
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
 def peak_of(work: Callable[[], Any]) -> float:
     """Growth of this process's peak memory over ``work``, in GB (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or what was used before and is free again would serve unseen
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = forget_peak()
     work()
-    return (_status("VmHWM") - before) / 1e9
+    return (status_bytes("VmHWM") - before) / 1e9
 
 
 def in_own_process(*words: str) -> dict[str, float]:

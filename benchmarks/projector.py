@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _memory import forget_peak, status_bytes
 from _peers import PEERS
 from _phantoms import blobs, chest, solids
 from _results import update_results
@@ -140,16 +141,9 @@ def peak_of(tool: str, mode: str) -> None:
     (one,), _ = make_tools(mode, kinds=tuple(kind for kind in (Ours, *PEERS) if kind.name == tool))
     volume = one.volume(np.ones((SIZE,) * 3, np.float32))
     # Importing takes more than projecting, so the peak so far is forgotten first (Linux).
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = forget_peak()
     one.forward(volume)
-    print(json.dumps(_status("VmHWM") - before))
-
-
-def _status(field: str) -> int:
-    """Bytes from the kernel's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    print(json.dumps(status_bytes("VmHWM") - before))
 
 
 def memory(tool: str, mode: str) -> float | None:

@@ -192,6 +192,26 @@ def test_the_book_check_counts_and_complains(running: Any, site: Path) -> None:
     page.close()
 
 
+def test_the_book_check_measures_a_phone_and_looks_for_words(running: Any, site: Path) -> None:
+    page, _, _ = open_page(running, site.as_uri() + "/")
+    size = page.viewport_size
+    assert book_check.check_layout(page) == []
+    assert page.viewport_size == size
+    page.evaluate("document.querySelector('img').alt = ' '")
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<div style=\"width: 700px\">wide</div>')")
+    wide, silent = book_check.check_layout(page)
+    assert "pixels wide on a phone of 390" in wide
+    assert silent.startswith("a picture has no alternative text")
+    page.close()
+
+
+def test_a_viewer_that_is_not_ready_in_time_is_told_and_the_check_goes_on(running: Any, site: Path) -> None:
+    page, figure, _ = open_page(running, site.as_uri() + "/")
+    assert tools.start_viewer(page, figure, "niivue", patience_s=0.001) == "too slow"
+    assert tools.wait_for_state(page, figure) == "ready"  # the page itself was not broken by it
+    page.close()
+
+
 def test_liveliness_knows_a_blank_picture() -> None:
     grey = np.full((80, 80, 3), 128, np.uint8)
     assert tools.liveliness(grey) == (0.0, 1) and not tools.is_lively(grey)

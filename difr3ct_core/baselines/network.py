@@ -146,6 +146,10 @@ def train_network(
     critic = model.critic()
     if critic is not None:
         critic.to(device)
+    if training.channels_last:
+        for module in (*model.modules(), *(critic.modules() if critic is not None else ())):
+            if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):  # 2D ones would refuse it
+                module.to(memory_format=torch.channels_last_3d)
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.monotonic()
