@@ -22,13 +22,14 @@ def save_checkpoint(
     optimisers: Mapping[str, torch.optim.Optimizer],
     step: int,
     fingerprint: dict[str, Any],
+    seconds: float,
 ) -> None:
-    """Write weights, states of the optimisers and the number of steps done, atomically."""
+    """Write weights, states of the optimisers, the number of steps done and the time they took, atomically."""
     tensors = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
     for name, optimiser in optimisers.items():
         for i, state in optimiser.state_dict()["state"].items():
             tensors |= {f"{name}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    write_safetensors(path, tensors, {"step": step, "fingerprint": fingerprint})
+    write_safetensors(path, tensors, {"step": step, "fingerprint": fingerprint, "seconds": round(seconds, 2)})
 
 
 def load_checkpoint(
@@ -61,6 +62,15 @@ def load_checkpoint(
             state.setdefault(int(index), {})[field] = value
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     return int(metadata["step"])
+
+
+def seconds_trained(folder: str | Path) -> float:
+    """Wall time of the training in ``folder`` up to its last checkpoint, over all its starts.
+
+    Raises:
+        InputError: no checkpoint, or a damaged one.
+    """
+    return float(read_safetensors(Path(folder) / "checkpoint.safetensors")[1].get("seconds", 0.0))
 
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

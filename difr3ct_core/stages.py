@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import processes
-from .checkpoints import differences, load_state
+from .checkpoints import differences, load_state, seconds_trained
 from .datasets import Patients, batch_index
 from .diffusion import LatentDiffusion, diffusion_loss
 from .files import InputError, alone_in, read_safetensors, write_safetensors
@@ -190,7 +189,6 @@ def train_vqgan(
     without = preset.vqgan.perceptual_weight > 0 and vgg16 is None
     if without and processes.rank() == 0:
         print("training VQGAN: the perceptual loss is off, VGG16 is missing; data_scripts/fetch_vgg16.py brings it.")
-    began = time.monotonic()
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch_index(len(train), settings.batch_size, step, seed)[part]
@@ -230,7 +228,7 @@ def train_vqgan(
                 "preset": preset.to_dict(),
                 "perceptual": preset.vqgan.perceptual_weight > 0 and not without,
                 "fingerprint": fingerprint,
-                "provenance": provenance(preset.name, seed, device, time.monotonic() - began),
+                "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
             },
         )
     return best
@@ -392,7 +390,6 @@ def train_ldm(
         initial = processes.computed_together(
             train.xrays.to(device), lambda some: initial_latent(vqgan, some, train.views, preset)
         )
-    began = time.monotonic()
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         batch = batch_index(len(train), settings.batch_size, step, seed)
@@ -426,7 +423,7 @@ def train_ldm(
                 "views": views_to_json(train.views),
                 **({"any_view_most": preset.any_view.most} if any_view else {}),
                 "fingerprint": fingerprint,
-                "provenance": provenance(preset.name, seed, device, time.monotonic() - began),
+                "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
             },
         )
     return best

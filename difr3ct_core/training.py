@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from . import processes
-from .checkpoints import Log, load_checkpoint, save_checkpoint, tensorboard
+from .checkpoints import Log, load_checkpoint, save_checkpoint, seconds_trained, tensorboard
 from .files import InputError, alone_in
 from .presets import TrainPreset
 from .progress import progress
@@ -163,8 +163,9 @@ def _fit(
         name: torch.optim.Adam(one.parameters(), lr=settings.lr, betas=settings.betas) for name, one in trained.items()
     }
     log, writes = Log(folder / "log.csv"), processes.rank() == 0
-    start = 0
+    start, earlier, began = 0, 0.0, time.monotonic()
     if (folder / "checkpoint.safetensors").exists():
+        earlier = seconds_trained(folder)
         start = load_checkpoint(folder / "checkpoint.safetensors", modules, optimisers, fingerprint)
     log.keep_before(start)
     board = tensorboard(folder) if writes else None
@@ -215,7 +216,8 @@ def _fit(
                     board.add_scalar(key, number, step)
         if writes and (done == end or time.monotonic() - saved > settings.checkpoint_every_s):
             log.write()
-            save_checkpoint(folder / "checkpoint.safetensors", modules, optimisers, done, fingerprint)
+            seconds = earlier + time.monotonic() - began
+            save_checkpoint(folder / "checkpoint.safetensors", modules, optimisers, done, fingerprint, seconds)
             saved = time.monotonic()
     if board:
         board.close()

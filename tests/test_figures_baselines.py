@@ -54,6 +54,16 @@ def test_table_has_the_papers_shape_and_marks_the_best(result: Result) -> None:
     ]
 
 
+def test_budgets_are_listed_where_something_was_trained(result: Result) -> None:
+    result.values["entries"]["lung/x2ctgan/2view"] |= {
+        "patients_seen": {"mean": 900.0}, "train_peak_gb": {"mean": 1.26},
+    }  # fmt: skip
+    assert baselines.budget_table(result) == [
+        ["method", "x-rays", "patients seen", "training, minutes", "peak memory, GB"],
+        ["X2CT-GAN", "2 views", "900", "12", "1.3"],
+    ]
+
+
 def test_methods_stand_beside_the_truth_in_the_radiological_orientation(result: Result) -> None:
     figure = baselines.methods_side_by_side(result)
     panels = [ax for ax in figure.axes if any(isinstance(child, AxesImage) for child in ax.images)]

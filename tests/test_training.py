@@ -7,13 +7,14 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from difr3ct_core.checkpoints import differences, read_log, read_log_rows
+from difr3ct_core.checkpoints import differences, read_log, read_log_rows, seconds_trained
 from difr3ct_core.files import InputError, read_safetensors
 from difr3ct_core.presets import TrainPreset, VQGANPreset
 from difr3ct_core.training import Opponent, TrainingError, fit, learning_rate
@@ -57,6 +58,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert sorted(files(folder)) == sorted(files(other)) == ["checkpoint.safetensors", "log.csv"]
     tensors, metadata = read_safetensors(folder / "checkpoint.safetensors")
     others, other_metadata = read_safetensors(other / "checkpoint.safetensors")
+    assert metadata.pop("seconds") > 0 and other_metadata.pop("seconds") > 0  # the one thing that may differ
     assert metadata == other_metadata and sorted(tensors) == sorted(others)
     for name, tensor in tensors.items():
         assert torch.equal(tensor, others[name]), name
@@ -80,6 +82,22 @@ def test_a_checkpoint_holds_everything(straight):
     assert kinds == {"model", "average", "optimiser"}
     assert any(name.endswith("exp_avg_sq") for name in tensors)
     assert "model.codebook.initialised" in tensors
+
+
+def test_time_is_counted_over_all_starts(tmp_path):
+    """Not since the last one: a training that was killed three times has cost what all four parts took."""
+    folder, waits = tmp_path / "run", (0.05, 0.02)
+
+    def slow(wait):
+        loss = toy_loss(model := toy())
+        return model, lambda step, generator, part: (time.sleep(wait), loss(step, generator, part))[1]
+
+    for wait in waits:
+        model, loss = slow(wait)
+        fit(model, loss, SETTINGS, folder, FINGERPRINT, "toy", 5, stop_after=6)
+    assert seconds_trained(folder) >= 6 * sum(waits)
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors"):
+        seconds_trained(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("parts", [(1,), (7,), (7, 1, 9), (23,)])

@@ -8,7 +8,6 @@ with the project's one loop, on the same patients, x-rays and batches as the dif
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import processes
-from ..checkpoints import load_state
+from ..checkpoints import load_state, seconds_trained
 from ..datasets import Patients, batch_index
 from ..files import InputError, read_safetensors, write_safetensors
 from ..geometry import View, views_from_json, views_to_json
@@ -152,7 +151,6 @@ def train_network(
                 module.to(memory_format=torch.channels_last_3d)
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    began = time.monotonic()
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         batch = batch_index(len(train), training.batch_size, step, seed)
@@ -174,7 +172,7 @@ def train_network(
                 "settings": dataclasses.asdict(settings),
                 "views": views_to_json(train.views),
                 "fingerprint": fingerprint,
-                "provenance": provenance(preset.name, seed, device, time.monotonic() - began),
+                "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
             },
         )
     return best  # type: ignore[return-value]

@@ -217,7 +217,7 @@ def get_method(name: str, view_set: str) -> Method:
 def training_cost(chapter: Chapter, name: str, view_set: str) -> dict[str, float]:
     """Minutes, peak memory (GB; of the GPU if there is one) and patients seen of a method's trainings, by their files.
 
-    Methods without a training took none: an empty dictionary. Minutes (since a training's last start) and patients
+    Methods without a training took none: an empty dictionary. Minutes (of all starts of a training) and patients
     (steps times batch; not the autoencoder's, which sees no x-ray) are summed over the models, memory is the largest.
     """
     minutes, peak, seen = [], [], 0

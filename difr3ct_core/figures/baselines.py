@@ -200,6 +200,23 @@ def costs(result: Result) -> Figure:
     return finish(figure, result, f"What quality costs, {cohort} cohort")
 
 
+def budget_table(result: Result) -> list[list[str]]:
+    """What each learned method was given: a heading, then one row per method and set of views.
+
+    Patients seen are steps times batch, with those of the model that a training began from; minutes are those of all
+    its trainings, on one device.
+    """
+    cohort, titles = result.values["cohort"], result.values["titles"]
+    rows = [["method", "x-rays", "patients seen", "training, minutes", "peak memory, GB"]]
+    for method, title in titles.items():
+        for name in VIEW_NAMES:
+            entry = _entry(result, method, name)
+            if entry and "patients_seen" in entry:
+                seen, minutes, peak = (entry[k]["mean"] for k in ("patients_seen", "train_minutes", "train_peak_gb"))
+                rows.append([title, VIEW_NAMES[name], f"{seen:.0f}", f"{minutes:.0f}", f"{peak:.1f}"])
+    return rows
+
+
 @styled
 def memory(result: Result) -> Figure:
     """Memory of one training step on one patient, by the number of views.
