@@ -206,7 +206,7 @@ def budget_table(result: Result) -> list[list[str]]:
     Patients seen are steps times batch, with those of the model that a training began from; minutes are those of all
     its trainings, on one device.
     """
-    cohort, titles = result.values["cohort"], result.values["titles"]
+    titles = result.values["titles"]
     rows = [["method", "x-rays", "patients seen", "training, minutes", "peak memory, GB"]]
     for method, title in titles.items():
         for name in VIEW_NAMES:
