@@ -61,13 +61,13 @@ def _frame(figure: Figure, panels: Sequence[Panel]) -> np.ndarray:
         if j + 1 == n or panels[j + 1].scale != panel.scale:
             span = min(j + 1 - start, 2) * share  # a bar as long as two pictures says enough
             middle = (start + j + 1) / 2 * share
-            under = figure.add_axes((middle - 0.36 * span, 0.29 / height, 0.72 * span, 0.08 / height))
+            under = figure.add_axes((middle - 0.34 * span, 0.29 / height, 0.68 * span, 0.08 / height))
             bar = figure.colorbar(image, cax=under, orientation="horizontal")
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.ax.tick_params(labelsize=8, length=2, pad=1)
             bar.locator = mpl.ticker.MaxNLocator(3)  # type: ignore[assignment]
             bar.update_ticks()
-            figure.text(middle + 0.39 * span, 0.33 / height, _unit(panel.scale), fontsize=8, ha="left", va="center")
+            figure.text(middle + 0.37 * span, 0.33 / height, _unit(panel.scale), fontsize=8, ha="left", va="center")
             start = j + 1
     return frame_pixels(figure)
 
@@ -133,7 +133,7 @@ def view_count_frames(result: Result) -> Frames:
     figure, frames, labels = _figure(5, 1.5), [], []
     for k, (count, angle) in enumerate(zip(v["counts"], v["added_deg"], strict=True)):
         panels = (
-            Panel(f"x-ray {count}: {angle:g}°", xrays[k], scale, xray_deg=angle),
+            Panel(f"x-ray {count}: {angle:g}°", xrays[k], scale, scale.label, xray_deg=angle),
             Panel(f"mean of {v['n_samples']}", mean[k]),
             Panel("truth", truth, sides="coronal"),
             Panel("standard deviation", std[k], STD, _rms(std[k])),
@@ -188,5 +188,5 @@ def slice_frames(result: Result) -> Frames:
             Panel("|mean − truth|", np.abs(mean[z] - truth[z]), STD, _rms(mean[z] - truth[z])),
         )
         frames.append(_frame(figure, panels))
-        labels.append(f"z = {(z - (n - 1) / 2) * spacing:+.0f} mm")
+        labels.append(f"z = {(z - (n - 1) / 2) * spacing:+.1f} mm")
     return Frames(frames, result, labels)
