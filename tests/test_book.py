@@ -30,6 +30,18 @@ def test_a_chapter_is_clean_and_has_the_standard_parameters(path: Path) -> None:
     assert len(re.findall(r"^# ", notebook.cells[0].source, re.M)) == 1
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_chapter_says_what_can_go_wrong_and_where_to_read_on(path: Path) -> None:
+    text = "\n".join(cell.source for cell in read_notebook(path).cells if cell.cell_type == "markdown")
+    assert text.count("## What can go wrong") == 1 and text.count("**Further reading.**") == 1
+    known = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "book" / "references.bib").read_text(encoding="utf-8"), re.M))
+    cited, to_read = (
+        {key for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", part) for key in keys.split(",")}
+        for part in (text, text.split("**Further reading.**")[1])
+    )
+    assert to_read and cited <= known
+
+
 def test_the_table_of_contents_and_the_plan_list_every_chapter(root: Path) -> None:
     pages = toc_files(root)
     listed = sorted(page.removeprefix("notebooks/") for page in pages if page.startswith("notebooks/"))

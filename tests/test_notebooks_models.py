@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 from small_baselines import DIFFUSION_SMALL, INRR3CT_SMALL, NAF_SMALL, X2CTGAN_SMALL
 
@@ -220,6 +221,33 @@ def test_bias_and_variance_add_up_to_the_error(executed: dict[str, dict[str, Any
         assert result.values[f"identity_gap_{views}"] < 1e-12
         a = result.arrays
         assert (a[f"bias_{views}"] + a[f"variance_{views}"]) == pytest.approx(a[f"error_{views}"], rel=1e-5, abs=1e-3)
+
+
+def test_sliders_show_what_the_figures_show(executed: dict[str, dict[str, Any]]) -> None:
+    names = executed["06_uncertainty"]
+    arrays, whole = names["chapter"].load("sample_slices").arrays, names["decomposition"].arrays
+    middle = names["volume"].size // 2
+    assert len(names["growing"]) == len(arrays["shown"]) and arrays["shown"][-1] == len(arrays["slices"]) == names["N"]
+    assert np.abs(arrays["slices"].mean(0) - whole["mean_2view"][:, middle]).max() <= 1  # both are rounded to whole HU
+    assert (arrays["truth"] == whole["truth"][:, middle]).all()
+    guided = executed["05_sampling"]["guidance"].arrays
+    assert len(executed["05_sampling"]["turned"]) == len(guided["guidance"])
+    assert (guided["guided_slice_std"][-1] >= 0).all() and guided["guided_slice_mean"].shape[1:] == (16, 16)
+    through = executed["00_quickstart"]["through"]
+    assert len(through) == 16 and through.labels[0].startswith("z = -")
+
+
+def test_the_any_view_model_draws_every_number_of_views(executed: dict[str, dict[str, Any]]) -> None:
+    names = dict(executed["06_uncertainty"])
+    assert names["adding"].values["counts"] == [2, 8]  # no such model at hand
+    names["chapter"].ldm("any")
+    (source,) = (cell.source for cell in read("06_uncertainty").cells if "take_angles" in cell.source)
+    run_cell(source, names)
+    adding = names["adding"]
+    assert adding.values["counts"] == list(range(1, 9)) and len(names["each_view"]) == 8
+    xrays = dict(zip(adding.values["added_deg"], adding.arrays["xrays"], strict=True))
+    for view, xray in zip(names["patient"].views, names["patient"].xrays[0], strict=True):
+        assert np.abs(xrays[view.angle_deg] - xray.numpy()).max() < 0.02  # each x-ray once, under its own angle
 
 
 def test_chests_that_match_really_have_the_same_xrays(executed: dict[str, dict[str, Any]]) -> None:

@@ -127,10 +127,11 @@ def origin_html(result: Result) -> str:
 
 
 class Frames(list):
-    """Frames of a slider, with the line about their origin."""
+    """Frames of a slider, with a label each where the figure knows them, and the line about their origin."""
 
-    def __init__(self, frames: Sequence[np.ndarray], result: Result) -> None:
+    def __init__(self, frames: Sequence[np.ndarray], result: Result, labels: Sequence[str] = ()) -> None:
         super().__init__(frames)
+        self.labels = list(labels)
         self.origin = origin_html(result)
 
 
