@@ -69,7 +69,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         preset=preset["name"], views=model.removeprefix("ldm-"), settings=settings_of(stage, preset)
     )
     if "start" in metadata["fingerprint"]:
-        command += f" --weights runs/{preset['name']}/ldm-any"
+        command += f" --weights pretrained/{preset['name']}-ldm-any.safetensors"
     size, initial = preset["volume"]["size"], preset.get("initial", {})
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
     if preset["vqgan"].get("image_gan_weight") or metadata.get("perceptual"):
@@ -82,7 +82,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         f"- **Data**: {cohort['n_train']} synthetic phantom thoraxes, cohort `{cohort['cohort']}`, "
         f"seed {cohort['seed']} (`data_scripts/make_phantoms.py`). No real patient was trained on.",
         f"- **Training**: {training['steps']} steps, batch {training['batch_size']}, rate {training['lr']:g}, seed "
-        f"{origin['seed']}, {origin['wall_s'] / 3600:.2f} h of wall time since its last start, on {origin['device']}, "
+        f"{origin['seed']}, {origin['wall_s'] / 3600:.2f} h of wall time, on {origin['device']}, "
         f"commit {origin['commit']}, {origin['finished'][:10]}.",
         *([f"- **How it went**: {note}"] if note else []),
         f"- **Losses of the VQGAN**: {judges}.",
