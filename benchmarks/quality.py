@@ -57,13 +57,13 @@ def main() -> None:
     sets = [("", test)] + ([("real_", chapter.real)] if chapter.real is not None else [])
     figures: dict[str, dict[str, Any]] = {}
 
-    def note(key: str, found: dict[str, torch.Tensor], patients: int) -> None:
+    def note(key: str, found: dict[str, torch.Tensor], patients: int, **drawn: int) -> None:
         for metric, values in found.items():
             name = f"{metric}_{key}" if not key.startswith("vqgan") else key.replace("vqgan", f"vqgan_{metric}")
             spread = float(values.std()) if patients > 1 else 0.0
             more = {"psnr_4095": to_12_bit(float(values.mean()), window)} if metric == "psnr" else {}
             unit = "dB" if metric == "psnr" else "of 1"
-            figures[name] = {"value": float(values.mean()), "unit": unit, "std": spread, "patients": patients, **more}
+            figures[name] = {"value": float(values.mean()), "unit": unit, "std": spread, "patients": patients, **drawn, **more}
             print(f"{name:40} {float(values.mean()):8.3f} ± {spread:.3f}", flush=True)
 
     vqgan = chapter.vqgan()
@@ -86,7 +86,7 @@ def main() -> None:
             seen, truth = patients.with_views(view_set), patients.unit()
             drawn = posterior_samples(ldm, autoencoder, seen.xrays, seen.views, options.samples)
             key = f"{prefix}{mark}{view_set}"
-            note(key, scores(drawn.mean(1, keepdim=True), truth), len(patients))
+            note(key, scores(drawn.mean(1, keepdim=True), truth), len(patients), samples=options.samples)
             single = scores(drawn[:, :1], truth)
             for metric, values in single.items():
                 unit = "dB" if metric == "psnr" else "of 1"

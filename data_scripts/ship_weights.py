@@ -51,6 +51,7 @@ def quality(path: Path, model: str) -> list[str]:
         own = mark in key and (model == "ldm-any" or "any_view" not in key)
         if own or (model == "vqgan" and key == "codebook_alive"):
             spread = f" ± {figure['std']:.3f} over {figure['patients']} patients" if figure.get("std") else ""
+            spread += f", mean of {figure['samples']} samples" if "samples" in figure else ""
             more = f"; {figure['psnr_4095']:.2f} with peak 4095" if "psnr_4095" in figure else ""
             lines.append(f"| `{key}` | {figure['value']:.3f} {figure['unit']}{spread}{more} |")
     return [
