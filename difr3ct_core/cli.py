@@ -38,7 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     rec = commands.add_parser("reconstruct", help="x-rays and their views -> N CT samples, mean, standard deviation")
     rec.add_argument("xrays", nargs="+", type=Path, help="PNG (8 or 16 bit), NPZ or DICOM, in the order of the views")
     rec.add_argument("--views", type=Path, required=True, help="JSON with geometry and meaning of the pixel values")
-    rec.add_argument("--weights", type=Path, required=True, help="a trained diffusion model: its .safetensors file, or its run folder")
+    rec.add_argument(
+        "--weights",
+        type=Path,
+        required=True,
+        help="a trained diffusion model: its .safetensors file, or its run folder",
+    )
     rec.add_argument("--samples", type=int, default=8, help="posterior samples (default 8)")
     rec.add_argument("--out", type=Path, required=True, help="folder for the NIfTI files and reconstruction.json")
     rec.add_argument("--seed", type=int, default=0)

@@ -10,6 +10,9 @@ misses its own x-rays by what the autoencoder and the denoiser lost. The project
 | ``spread`` | the same, but a voxel may change in proportion to its posterior variance | the same |
 | ``tv`` | total-variation least squares, started from µ_s and held near it, most where samples agree | about 80 |
 
+The last one trusts the samples less where they miss the x-rays by more than their own spread explains, as those of a
+patient unlike any of the training do (:func:`overconfidence`): then the x-rays are nearly all that is to be believed.
+
 All of them work on the samples after decoding, so that any model's samples can be corrected;
 :func:`proximal_model` moves them during the sampling instead.
 """
@@ -58,6 +61,28 @@ def residual(
     return (again - xrays).flatten(1).norm(dim=1) / xrays.norm()
 
 
+def overconfidence(
+    samples: Float[Tensor, "s z y x"], xrays: Float[Tensor, "n v u"], views: Sequence[View], preset: Preset
+) -> float:
+    """How many times farther samples miss their x-rays than their own spread explains: mean ‖A µ_s - p‖² / 2 Var(A µ).
+
+    Truth and sample are two draws from the posterior if the model is right, so their projections differ by twice its
+    variance: 1. A patient unlike those of the training shows as a larger number, without the truth being known.
+
+    Raises:
+        InputError: fewer than two samples, which have no spread.
+    """
+    if len(samples) < 2:
+        raise InputError("overconfidence: found 1 sample, expected at least 2, which have a spread; draw more.")
+    again = project(to_mu(samples, preset)[:, None], views, preset.volume.spacing_mm)[:, 0]
+    variance = again.var(0).mean().clamp_min(torch.finfo(again.dtype).tiny)
+    return float((again - xrays).square().mean() / (2 * variance))
+
+
+#: The overconfidence from which on the prior's weight falls: phantoms of the training's kind have 0.7 to 3.5.
+USUAL_OVERCONFIDENCE = 2.0
+
+
 def correct(
     samples: Float[Tensor, "s z y x"],
     xrays: Float[Tensor, "n v u"],
@@ -81,7 +106,8 @@ def correct(
         tv_weight_mm, prior_weight_mm: of :func:`difr3ct_core.baselines.classical.tv`, chosen on validation phantoms at
             64³; the first is half of what suits the solver alone, for a sample is no blank page. The latter is the
             weight of a voxel of average variance; from two samples on, others have it in inverse proportion to their
-            variance, as the precision of a Gaussian prior has.
+            variance, as the precision of a Gaussian prior has, and all of them fall as :func:`overconfidence` rises
+            above what is usual: a prior that is shown to be wrong has the larger variance.
         batch: samples corrected together.
 
     Returns:
@@ -103,6 +129,8 @@ def correct(
     if len(samples) > 1:
         variance = deviation.square()
         hold = prior_weight_mm * variance.mean() / (variance + 0.1 * variance.mean())
+        if method == "tv":
+            hold = hold / max(1.0, overconfidence(samples, xrays, views, preset) / USUAL_OVERCONFIDENCE)
     parts = []
     for some in mu.split(batch):
         images = xrays.to(some).expand(len(some), -1, -1, -1)

@@ -8,9 +8,17 @@ import pytest
 import torch
 from small_models import SMALL, patients, trained
 
-from difr3ct_core import ct, reconstruct
+from difr3ct_core import consistency, ct, reconstruct
 from difr3ct_core.baselines.classical import tv, tv_objective
-from difr3ct_core.consistency import correct, proximal_model, residual, smallest_change, to_mu, to_unit
+from difr3ct_core.consistency import (
+    correct,
+    overconfidence,
+    proximal_model,
+    residual,
+    smallest_change,
+    to_mu,
+    to_unit,
+)
 from difr3ct_core.datasets import preset_views
 from difr3ct_core.drr import backproject, project
 from difr3ct_core.files import InputError
@@ -96,6 +104,36 @@ def test_corrected_samples_are_nearer_to_their_x_rays_and_to_the_truth(method):
     assert float(after) < 0.2 * float(before)
     assert float((found - truth).norm()) < float((samples - truth).norm())
     torch.testing.assert_close(correct(samples, xrays, VIEWS, SMALL, method, batch=3), found, atol=2e-4, rtol=1e-3)
+
+
+def test_overconfidence_is_one_for_draws_of_one_posterior_and_grows_with_what_none_of_them_has():
+    """Samples and truth from N(m, s²) in each voxel: E‖A(µ_s - µ)‖² = 2 tr(A S Aᵀ); a shift by δ adds ‖Aδ‖²."""
+    generator = torch.Generator().manual_seed(3)
+    shape = SMALL.volume.shape
+    draws = 0.1 * torch.randn(33, *shape, generator=generator)
+    xrays = forward(to_mu(draws[:1], SMALL))[0]
+    samples = draws[1:]
+    assert overconfidence(samples, xrays, VIEWS, SMALL) == pytest.approx(1, abs=0.15)
+    shift = torch.full((1, *shape), 0.05)
+    shifted = forward(to_mu(draws[:1] + shift, SMALL))[0]
+    again = forward(to_mu(samples, SMALL))
+    expected = float((again - shifted).square().mean() / (2 * again.var(0).mean()))
+    assert overconfidence(samples, shifted, VIEWS, SMALL) == pytest.approx(expected, rel=1e-4)
+    assert expected > 2
+    with pytest.raises(InputError, match="found 1 sample, expected at least 2"):
+        overconfidence(samples[:1], xrays, VIEWS, SMALL)
+
+
+def test_samples_of_another_patient_are_trusted_less(monkeypatch):
+    """Samples that agree with each other and not with the x-rays: the correction goes nearer to the x-rays."""
+    _, samples, xrays = case()
+    sure = samples[:1] + 0.02 * (samples - samples.mean(0))
+    assert overconfidence(sure, xrays, VIEWS, SMALL) > 10
+    less = correct(sure, xrays, VIEWS, SMALL, prior_weight_mm=500.0)
+    monkeypatch.setattr(consistency, "USUAL_OVERCONFIDENCE", float("inf"))
+    more = correct(sure, xrays, VIEWS, SMALL, prior_weight_mm=500.0)
+    residuals = [float(residual(found, xrays, VIEWS, SMALL).mean()) for found in (less, more)]
+    assert residuals[0] < 0.1 * residuals[1]
 
 
 def test_no_correction_is_no_change():
