@@ -63,7 +63,14 @@ def main() -> None:
             spread = float(values.std()) if patients > 1 else 0.0
             more = {"psnr_4095": to_12_bit(float(values.mean()), window)} if metric == "psnr" else {}
             unit = "dB" if metric == "psnr" else "of 1"
-            figures[name] = {"value": float(values.mean()), "unit": unit, "std": spread, "patients": patients, **drawn, **more}
+            figures[name] = {
+                "value": float(values.mean()),
+                "unit": unit,
+                "std": spread,
+                "patients": patients,
+                **drawn,
+                **more,
+            }
             print(f"{name:40} {float(values.mean()):8.3f} ± {spread:.3f}", flush=True)
 
     vqgan = chapter.vqgan()
