@@ -4,7 +4,8 @@
     python benchmarks/radiotherapy.py dicom               # what dciodvfy says of an exported study (dicom3tools)
     python benchmarks/radiotherapy.py study --preset small --run runs/small   # from the results that chapter 07 saved
 
-``study`` reads what ``make run CHAPTER=07 PARAMS="n_patients=5"`` left in RUN/results, so no figure is typed by hand.
+``study`` reads what ``make run CHAPTER=07 PARAMS="n_patients=5 trained_on=thoracic"`` left in RUN/results, so no figure
+is typed by hand. Figures of a model of another cohort than ``thoracic`` end in its name.
 """
 
 from __future__ import annotations
@@ -86,14 +87,18 @@ def read_study(run: Path, n_patients: int = 5) -> dict[str, dict]:
             f"{run}: its study has {len(values['patients'])} patients, expected {n_patients}: "
             f'make run CHAPTER=07 PARAMS="n_patients={n_patients}".'
         )
-    figures = {"plannable": {"value": values["plannable"], "unit": f"of {n_patients}", "trained_on": values["cohort"]}}
+    # The paper's shift, trained after mastectomy and planned with both breasts, has the plain names.
+    cohort = values["cohort"]
+    end = "" if cohort == "thoracic" else f"_{cohort}"
+    figures = {f"plannable{end}": {"value": values["plannable"], "unit": f"of {n_patients}", "trained_on": cohort}}
     for metric in ("v90", "v20_lung"):
         for key in ("own", "true"):
             value = values[f"{metric}_error_median_{key}"]
             if value is not None:
-                figures[f"{metric.removesuffix('_lung')}_error_median_{key}"] = {
+                figures[f"{metric.removesuffix('_lung')}_error_median_{key}{end}"] = {
                     "value": value,
                     "unit": "percentage points",
+                    "trained_on": cohort,
                 }
     return figures
 
