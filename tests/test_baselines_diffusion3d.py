@@ -68,14 +68,25 @@ def test_samples_do_not_depend_on_their_batch():
 
 def test_it_learns_one_patient_and_is_loaded_again(tmp_path):
     one = patients(1).with_views("2view")
-    training = TrainPreset(steps=300, batch_size=4, lr=4e-3, warmup_steps=10, precision="fp32", ema_decay=0.98)
+    training = TrainPreset(steps=150, batch_size=4, lr=4e-3, warmup_steps=10, precision="fp32", ema_decay=0.95)
     settings = dataclasses.replace(DIFFUSION_SMALL, training=training)
     network = train_network(VoxelDiffusion, one, SMALL, settings, tmp_path / "voxels")
     truth, volume = one.unit(), network.reconstruct(one.xrays)
-    assert float((volume - truth).square().mean()) < 0.15 * float((truth - truth.mean()).square().mean())
+    # A hundred and fifty steps explain half of the patient; the slow test below goes on.
+    assert float((volume - truth).square().mean()) < 0.6 * float((truth - truth.mean()).square().mean())
     loaded, metadata = load_network(VoxelDiffusion, tmp_path / "voxels")
     assert torch.equal(loaded.reconstruct(one.xrays), volume)
     assert metadata["fingerprint"]["diffusion"]["schedule"] == SMALL.diffusion.schedule
+
+
+@pytest.mark.slow
+def test_it_overfits_one_patient(tmp_path):
+    one = patients(1).with_views("2view")
+    training = TrainPreset(steps=500, batch_size=4, lr=4e-3, warmup_steps=10, precision="fp32", ema_decay=0.98)
+    settings = dataclasses.replace(DIFFUSION_SMALL, training=training)
+    truth = one.unit()
+    volume = train_network(VoxelDiffusion, one, SMALL, settings, tmp_path / "voxels").reconstruct(one.xrays)
+    assert float((volume - truth).square().mean()) < 0.05 * float((truth - truth.mean()).square().mean())
 
 
 def test_bad_input():
