@@ -129,9 +129,9 @@ BASELINES: dict[str, BaselinePresets] = {
             unet=UNetPreset(widths=(16, 32, 64), blocks_per_level=1, attention_from_level=2, heads=2, head_channels=24),
         ),
     ),
-    # About the time of the diffusion model's own training for each, some twenty minutes of one core: a voxel model's
-    # step costs so much more than a latent one's that it sees an eighth of the patients, INRR3CT a half. Rates are
-    # raised where the paper's are meant for a hundred times as many steps.
+    # About the time of the diffusion model's own training for each, twenty to forty minutes of a shared core: a step in
+    # voxels costs so much more than one in latents that those models see an eighth of the patients, INRR3CT a half.
+    # Rates are raised where the paper's are meant for a hundred times as many steps.
     "small": BaselinePresets(
         naf=NAFPreset(TrainPreset(steps=300, batch_size=256, **_SHORT_NAF), levels=5, log2_table=17, samples=64),
         inrr3ct=INRR3CTPreset(

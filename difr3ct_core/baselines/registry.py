@@ -219,6 +219,7 @@ def training_cost(chapter: Chapter, name: str, view_set: str) -> dict[str, float
 
     Methods without a training took none: an empty dictionary. Minutes (of all starts of a training) and patients
     (steps times batch; not the autoencoder's, which sees no x-ray) are summed over the models, memory is the largest.
+    A fine-tuned model counts its last training and the any-view model: what was trained in between is not in its file.
     """
     minutes, peak, seen = [], [], 0
     models = list(get_method(name, view_set).models(view_set))

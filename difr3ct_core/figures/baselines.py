@@ -203,8 +203,7 @@ def costs(result: Result) -> Figure:
 def budget_table(result: Result) -> list[list[str]]:
     """What each learned method was given: a heading, then one row per method and set of views.
 
-    Patients seen are steps times batch, with those of the model that a training began from; minutes are those of all
-    its trainings, on one device.
+    Patients seen and minutes as :func:`difr3ct_core.baselines.registry.training_cost` counts them.
     """
     titles = result.values["titles"]
     rows = [["method", "x-rays", "patients seen", "training, minutes", "peak memory, GB"]]
