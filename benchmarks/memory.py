@@ -58,7 +58,7 @@ def step_gb(method: str, view_set: str, preset_name: str) -> float:
         if method == "difr3ct":
             model: torch.nn.Module = LatentDiffusion(preset)
             latent = torch.randn(1, *preset.latent_shape)
-            known = torch.randn(1, *preset.latent_shape) if preset.initial.solver != "none" else None
+            known = torch.randn(1, *preset.latent_shape) if preset.has_initial else None
         elif method == "vqgan":
             model = VQGAN(preset.vqgan)
         elif method == "diffusion3d":

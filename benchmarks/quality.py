@@ -5,7 +5,7 @@
 PSNR with the peak of the HU window (2500); add 4.29 dB for the "12-bit" peak of 4095 (stored beside it). SSIM with an
 11³ Gaussian. "Mean" is the mean of the samples, "sample" one of them, averaged over patients. Writes
 ``results/quality_small.json``. Keys without a trained model of their own are left out; ``any_view`` ones are the
-any-view model on those views.
+any-view model on those views. ``initial`` is what the initial network says, decoded, without any diffusion.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from difr3ct_core.baselines.classical import METHODS
 from difr3ct_core.chapters import open_chapter
 from difr3ct_core.ct import hu_to_mu, hu_to_unit, mu_to_hu
 from difr3ct_core.datasets import Patients
+from difr3ct_core.initial import initial_latent
 from difr3ct_core.metrics import psnr, ssim, to_12_bit
 from difr3ct_core.presets import VIEW_SETS
 from difr3ct_core.reconstruct import posterior_samples
@@ -98,6 +99,11 @@ def main() -> None:
             for metric, values in single.items():
                 unit = "dB" if metric == "psnr" else "of 1"
                 figures[f"sample_{metric}_{key}"] = {"value": float(values.mean()), "unit": unit}
+            if ldm.initial_network is not None:
+                with torch.inference_mode():
+                    latent = initial_latent(ldm, autoencoder, seen.xrays.to(chapter.device), seen.views)
+                    guess = autoencoder.decode(latent).cpu()
+                note(f"{prefix}initial_{mark}{view_set}", scores(guess, truth), len(patients))
     for prefix, patients in sets if not options.models else []:
         for view_set in VIEW_SETS:
             found = {"psnr": psnr(classical(patients, view_set, preset), patients.unit(), 2.0)}

@@ -7,7 +7,9 @@ into ``results/models.json``:
 
 - ``sample_seconds``: one 64³ sample from eight x-rays with 20 steps, x-ray encoding and decoding included;
 - ``dpm_vs_ddpm_db``, ``dpm_vs_ddpm_time_ratio``: 20 steps of DPM-Solver++ against 1000 ancestral ones;
-- ``mc100_time_ratio``, ``mc100_peak_gb``: 100 samples within 3 GB, against one at a time (of which 10 are drawn).
+- ``mc100_time_ratio``, ``mc100_peak_gb``: 100 samples within 3 GB, against ten times ten calls for one sample (of which
+  ten are made), each of which encodes the x-rays; ``encoded_once`` is the ratio to one call that encodes them once and
+  draws its samples one at a time, which leaves what the batch alone saves.
 """
 
 from __future__ import annotations
@@ -68,9 +70,13 @@ def main() -> None:
         found: list[tuple] = []
         peak = peak_of(lambda: found.append(clock(lambda: draw(100, memory_gb=2.5))))
         _, _, together = found[0]
+        _, _, calls = clock(lambda: [draw(1, seed=i) for i in range(10)])
         _, _, single = clock(lambda: draw(10, batch=1))
         total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        figures["mc100_time_ratio"] = {"value": together / (10 * single), "unit": "x", "processor_seconds": together}
+        figures["mc100_time_ratio"] = {
+            "value": together / (10 * calls), "unit": "x", "encoded_once": together / (10 * single),
+            "processor_seconds": together,
+        }  # fmt: skip
         figures["mc100_peak_gb"] = {"value": total, "unit": "GB", "sampling_alone_gb": peak}
     if "solvers" in options.parts:
         truth = test.unit()

@@ -67,7 +67,7 @@ def proximal(chapter: Chapter, view_set: str, patients: Patients, samples: int, 
     with torch.inference_mode():
         for i in range(len(patients)):
             one = patients.take([i])
-            known = initial_latent(vqgan, one.xrays, one.views, ldm.preset)
+            known = initial_latent(ldm, vqgan, one.xrays, one.views)
             condition = ldm.condition(one.xrays, one.views, known).expand(samples, -1, -1, -1, -1)
             z = gaussian((samples, *preset.latent_shape), [torch.Generator().manual_seed(j) for j in range(samples)])
 

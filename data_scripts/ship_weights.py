@@ -2,7 +2,7 @@
 
     python data_scripts/ship_weights.py --run runs/small [--out pretrained]
 
-For every finished model of the run: ``PRESET-MODEL.safetensors`` (at most 16 MB), ``.csv`` (its log), ``.md`` (its
+For every finished autoencoder and diffusion model of the run (initial networks are inside the latter): ``PRESET-MODEL.safetensors`` (at most 16 MB), ``.csv`` (its log), ``.md`` (its
 card, with the measured quality from ``benchmarks/results/quality_PRESET.json`` if that is there;
 run this again afterwards).
 """
@@ -32,7 +32,10 @@ def settings_of(stage: str, preset: dict[str, Any]) -> str:
 
     usual = json.loads(json.dumps(get_preset(preset["name"]).to_dict()))  # tuples become lists, as in the file
     words = []
-    for section, mark in ((f"train_{stage}", ""), *([("initial", "initial.")] if stage == "ldm" else [])):
+    for section, mark in (
+        (f"train_{stage}", ""),
+        *([("initial", "initial."), ("train_initial", "train_initial.")] if stage == "ldm" else []),
+    ):
         changed = {k: v for k, v in preset.get(section, {}).items() if usual[section].get(k) != v}
         words += [f"{mark}{name}={json.dumps(value)}" for name, value in changed.items()]
     return f" --set {' '.join(words)}" if words else ""
@@ -88,8 +91,13 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         *([f"- **How it went**: {note}"] if note else []),
         f"- **Losses of the VQGAN**: {judges}.",
         *([f"- **Condition**: features along rays (Eq. 10) and, beyond the paper, the encoded volume of "
-           f"`{initial['solver']}`, {initial['iterations']} iterations."]
+           f"`{initial['solver']}`, {initial['iterations']} iterations"
+           + (", refined by an initial network (sine layers, trained first, by least squares)."
+              if initial.get("network") else ".")]
           if stage == "ldm" and initial.get("solver", "none") != "none" else []),
+        *(["- **All trainings behind it**: " + "; ".join(
+            f"{h['kind']} {h['steps']} steps of {h['batch_size']}, {h['wall_s'] / 60:.0f} min"
+            for h in metadata["history"]) + "."] if "history" in metadata else []),
         f"- **Command**: `{command}`",
         f"- **HU window**: {preset['volume']['hu_min']:g} to {preset['volume']['hu_max']:g}.", "",
         "## Quality", "", *quality(measured, model), "",
@@ -113,7 +121,7 @@ def ship(run: Path, out: Path, results: Path, notes: dict[str, str] | None = Non
     Raises:
         InputError: no finished model there, or one is larger than the limit.
     """
-    found = sorted(run.glob("*/weights.safetensors"))
+    found = [path for path in sorted(run.glob("*/weights.safetensors")) if not path.parent.name.startswith("initial-")]
     if not found:
         raise InputError(f"{run}: holds no finished model, expected MODEL/weights.safetensors; train one first.")
     made = []

@@ -31,9 +31,11 @@ from .checkpoints import read_log
 from .checks import pick_device
 from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays
 from .diffusion import LatentDiffusion
+from .initial_network import InitialNetwork
 from .presets import COHORTS, Preset, get_preset
 from .processes import first_alone
 from .results import Result, load_result, provenance, run_id, save_result
+from .stage_initial import train_initial
 from .stages import train_ldm, train_vqgan
 from .vqgan import VQGAN
 from .weights import load_ldm, load_vqgan
@@ -149,9 +151,31 @@ class Chapter:
             return load_ldm(path, self.device)[0]
         any_view = view_set == "any"
         vqgan = self.vqgan() if start is None or (self.run / "vqgan").exists() else load_ldm(start, self.device)[1]
+        network, finished = None, (self.run / f"ldm-{view_set}" / "weights.safetensors").exists()
+        if self.preset.initial.network and ((self.run / f"initial-{view_set}").exists() or not (start or finished)):
+            self.initial(view_set, start=start)
+            network = self.run / f"initial-{view_set}"
         return train_ldm(
             self.patients("train", None if any_view else view_set), vqgan, self.preset,
             self.run / f"ldm-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"), start,
+            network,
+        )  # fmt: skip
+
+    def initial(self, view_set: str, stop_after: int | None = None, start: str | Path | None = None) -> InitialNetwork:
+        """The initial network for a set of views, or "any", finished or trained now; see :meth:`ldm`.
+
+        ``start``: weights of a diffusion model; a training begins with its initial network, if it has one.
+        """
+        any_view, beginning, vqgan = view_set == "any", None, None
+        if start is not None:
+            model, vqgan, *_ = load_ldm(start, self.device)
+            beginning = model.initial_network
+        if vqgan is None or (self.run / "vqgan").exists():
+            vqgan = self.vqgan()
+        return train_initial(
+            self.patients("train", None if any_view else view_set), vqgan, self.preset,
+            self.run / f"initial-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"),
+            beginning,
         )  # fmt: skip
 
     def short_run(self, model: str) -> Path:
@@ -173,7 +197,11 @@ class Chapter:
         else:
             views = model.removeprefix("ldm-")
             some = few if views == "any" else few.with_views(views)
-            train_ldm(some, self.vqgan(), preset, folder, self.seed, self.device, steps, views == "any")
+            shipped, ldm = self.weights(model), self.ldm(views)  # its initial network is taken as it is
+            train_ldm(
+                some, self.vqgan(), preset.replace(initial=ldm.preset.initial), folder, self.seed, self.device,
+                steps, views == "any", network=shipped if ldm.initial_network else None,
+            )  # fmt: skip
         return folder
 
     def save(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .files import InputError
 from .fusion import Fusion
 from .geometry import View
+from .initial_network import InitialNetwork
 from .presets import DiffusionPreset, Preset
 from .unet import UNet3d
 
@@ -134,6 +135,8 @@ class LatentDiffusion(nn.Module):
         self.schedule = Schedule(preset.diffusion)
         self.fusion = Fusion(preset.fusion, (grid[0], grid[1], grid[2]), preset.volume.spacing_mm * factor, factor)
         self.unet = UNet3d(channels, preset.condition_channels, preset.unet)
+        # Trained before, by itself: the diffusion model only reads what it says.
+        self.initial_network = InitialNetwork(preset).requires_grad_(False) if preset.initial.network else None
 
     def condition(
         self,
@@ -146,15 +149,16 @@ class LatentDiffusion(nn.Module):
         Args:
             xrays: dimensionless.
             views: one per x-ray.
-            initial: of :func:`difr3ct_core.initial.initial_latent`; None for a preset without a solver, the paper's.
+            initial: of :func:`difr3ct_core.initial.initial_latent`; None for a preset without one, the paper's.
 
         Raises:
             InputError: ``initial`` is missing, or given to a model that was not made for it.
         """
-        if (initial is None) != (self.preset.initial.solver == "none"):
+        if (initial is None) == self.preset.has_initial:
             raise InputError(
-                f"initial: {'missing' if initial is None else 'given'}, but the model's solver is "
-                f"{self.preset.initial.solver!r}; pass what initial_latent(vqgan, xrays, views, preset) returns."
+                f"initial: {'missing' if initial is None else 'given'}, but the model was made with"
+                f"{'' if self.preset.has_initial else 'out'} one; pass what initial_latent(model, vqgan, xrays, views) "
+                "returns."
             )
         features = self.fusion(xrays / self.preset.xray.scale, views)
         return features if initial is None else torch.cat([features, initial.to(features.dtype)], dim=1)

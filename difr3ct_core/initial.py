@@ -1,15 +1,18 @@
-"""The initial volume: what a classical solver makes of the x-rays, encoded, as a further condition. Beyond the paper.
+"""The initial latent: a first reconstruction as a further condition. Beyond the paper.
 
 Features carried along rays (Eq. 10) leave the denoiser to learn tomography: how several views together say where
 along a ray something lies. A solver of the projection equations knows that exactly, for any views and any beam. Its
 volume goes through the encoder of the autoencoder, which gives a first guess in the very coordinates that the
 denoiser works in, and is concatenated to the features of :mod:`difr3ct_core.fusion`: the network learns what the
-x-rays leave open. A preset with solver "none" is the paper's model.
+x-rays leave open. With few views a solver has little to say; there a network that has seen patients
+(:mod:`difr3ct_core.initial_network`), told of the solver's latent, gives the first guess in its place. A preset with
+solver "none" and no network is the paper's model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -21,6 +24,9 @@ from .files import InputError
 from .geometry import View
 from .presets import Preset
 from .vqgan import VQGAN
+
+if TYPE_CHECKING:
+    from .diffusion import LatentDiffusion
 
 #: The iterative methods; filtered back-projection has no number of iterations, and is no use with few views.
 SOLVERS = {name: method for name, method in METHODS.items() if name != "fbp"}
@@ -51,15 +57,40 @@ def initial_volume(
     return torch.cat(parts)
 
 
-def initial_latent(
+def solved_latent(
     vqgan: VQGAN, xrays: Float[Tensor, "b n v u"], views: Sequence[View], preset: Preset, batch: int = 16
-) -> Float[Tensor, "b d z y x"] | None:
-    """The encoded initial volume, for :meth:`difr3ct_core.diffusion.LatentDiffusion.condition`.
-
-    Returns:
-        scaled latents on the device of the x-rays, or None where the preset has no solver.
-    """
+) -> Float[Tensor, "b c z y x"] | None:
+    """The encoded volume of the solver: scaled latents on the device of the x-rays; None where there is no solver."""
     if preset.initial.solver == "none":
         return None
     with torch.no_grad():
         return torch.cat([vqgan.encode(initial_volume(chunk, views, preset)) for chunk in xrays.split(batch)])
+
+
+def initial_latent(
+    model: LatentDiffusion,
+    vqgan: VQGAN,
+    xrays: Float[Tensor, "b n v u"],
+    views: Sequence[View],
+    batch: int = 16,
+    solved: Float[Tensor, "b c z y x"] | None = None,
+) -> Float[Tensor, "b c z y x"] | None:
+    """What the denoiser starts from, for :meth:`difr3ct_core.diffusion.LatentDiffusion.condition`.
+
+    Args:
+        model: whose preset says what that is.
+        vqgan, xrays, views, batch: as in :func:`solved_latent`.
+        solved: what that function returned, if it is known already.
+
+    Returns:
+        what the model's initial network says, or what the solver found where it has no such network: scaled latents
+        on the device of the x-rays; None where the model's preset has neither.
+    """
+    if solved is None:
+        solved = solved_latent(vqgan, xrays, views, model.preset, batch)
+    if model.initial_network is None:
+        return solved
+    rows = torch.arange(len(xrays)).split(batch)
+    with torch.no_grad():
+        parts = [model.initial_network(xrays[some], views, None if solved is None else solved[some]) for some in rows]
+    return torch.cat(parts)

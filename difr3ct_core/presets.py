@@ -111,10 +111,18 @@ class FusionPreset:
 
 @dataclass(frozen=True)
 class InitialPreset:
-    """A classical reconstruction as a further condition, beyond the paper (:mod:`difr3ct_core.initial`)."""
+    """A first reconstruction as a further condition, beyond the paper (:mod:`difr3ct_core.initial`)."""
 
     solver: str = "none"  # the paper's model; or a method of baselines.classical with a number of iterations
     iterations: int = 20
+    network: bool = False  # a network that regresses the latent (:mod:`difr3ct_core.initial_network`), numbers below
+    widths: tuple[int, ...] = (32, 48, 64, 64)  # of its 2D U-Net, per level
+    features: int = 64  # that a ray carries
+    width: int = 128  # of its sine layers
+    view_layers: int = 3  # before the mean over views, as in our INRR3CT
+    joint_layers: int = 2  # after it
+    octaves: int = 6  # Fourier features of the position
+    omega: float = 50.0  # of the sines, INRR3CT
 
 
 @dataclass(frozen=True)
@@ -209,13 +217,19 @@ class Preset:
     sampling: SamplingPreset = field(default_factory=SamplingPreset)
     any_view: AnyViewPreset = field(default_factory=AnyViewPreset)
     initial: InitialPreset = field(default_factory=InitialPreset)
+    # Of the initial network: one patient a step, because a sine network learns by many small steps.
+    train_initial: TrainPreset = field(default_factory=lambda: TrainPreset(steps=6000, batch_size=1, lr=3e-4))
     book: BookPreset = field(default_factory=BookPreset)
 
     @property
     def condition_channels(self) -> int:
         """Channels of the condition on the latent grid."""
-        extra = 0 if self.initial.solver == "none" else self.vqgan.latent_channels
-        return self.fusion.out_channels + extra
+        return self.fusion.out_channels + (self.vqgan.latent_channels if self.has_initial else 0)
+
+    @property
+    def has_initial(self) -> bool:
+        """Whether the condition holds a first reconstruction, beyond the paper."""
+        return self.initial.network or self.initial.solver != "none"
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -327,7 +341,7 @@ PRESETS: dict[str, Preset] = {
             crop=32,
             channels_last=True,
         ),
-        initial=InitialPreset(solver="tv_body", iterations=12),
+        initial=InitialPreset(solver="tv_body", iterations=12, network=True),
         train_ldm=TrainPreset(
             steps=900,
             batch_size=8,

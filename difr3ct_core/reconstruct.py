@@ -219,7 +219,7 @@ def posterior_samples(
         batch = batch_within(memory_gb, preset, b * n_samples)
     volumes = torch.empty(b * n_samples, *preset.volume.shape)
     with torch.inference_mode():
-        known = initial_latent(vqgan, xrays.to(device), views, preset)
+        known = initial_latent(ldm, vqgan, xrays.to(device), views)
         condition = ldm.condition(xrays.to(device), views, known)
         starts = range(0, b * n_samples, batch)
         for start in progress(starts, "posterior samples") if len(starts) > 1 else starts:

@@ -8,9 +8,7 @@ and views inside; the file of a diffusion model holds its autoencoder too.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,20 +25,14 @@ from .diffusion import LatentDiffusion, diffusion_loss
 from .files import InputError, alone_in, read_safetensors, write_safetensors
 from .geometry import views_to_json
 from .initial import initial_latent
+from .latents import data_digest, encoded, solved
 from .metrics import psnr
 from .presets import VIEW_SETS, Preset, TrainPreset
 from .results import provenance
 from .training import Opponent, fit
 from .vqgan import VQGAN
 from .vqgan_losses import Critics, Perceptual
-from .weights import load_ldm, load_vqgan, state_digest
-
-
-def _fingerprint_of_data(patients: Patients) -> str:
-    digest = hashlib.sha256(repr(patients.ids).encode())
-    digest.update(patients.hu.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
+from .weights import load_initial, load_ldm, load_vqgan, state_digest, training_history
 
 #: Settings of a training that do not decide its result (but for the rounding of sums).
 MANNER = (
@@ -119,9 +111,10 @@ def _look(path: Path, fingerprint: dict[str, Any]) -> bool:
         if existing.exists():
             _, metadata = read_safetensors(existing)
             found = metadata.get("fingerprint")
-            if existing == path and isinstance(found, dict) and "start" not in fingerprint:
+            if existing == path and isinstance(found, dict):
                 # To use a finished model it does not matter what its training began with.
-                found = {name: value for name, value in found.items() if name != "start"}
+                free = {"start", "initial_network"} - set(fingerprint)
+                found = {name: value for name, value in found.items() if name not in free}
             if found == json.loads(json.dumps(fingerprint)):
                 if existing == path:
                     return True
@@ -141,7 +134,7 @@ def _common(preset: Preset, train: Patients, seed: int) -> dict[str, Any]:
     return {
         "volume": dataclasses.asdict(preset.volume),
         "vqgan": dataclasses.asdict(preset.vqgan),
-        "data": _fingerprint_of_data(train),
+        "data": data_digest(train),
         "n_train": len(train),
         "seed": seed,
     }
@@ -265,35 +258,12 @@ def draw_views(preset: Preset, generator: torch.Generator) -> list[int]:
     return sorted(torch.randperm(p.fan, generator=generator)[:count].tolist())
 
 
-def encoded(patients: Patients, vqgan: VQGAN, cache: Path) -> Float[Tensor, "n c z y x"]:
-    """Latents of all patients, from the file in ``cache`` if this autoencoder has encoded them before.
-
-    One file a pair of autoencoder and patients; those of autoencoders that are gone are removed.
-    """
-    key = {"autoencoder": state_digest(vqgan), "data": _fingerprint_of_data(patients)}
-    path = cache / f"{key['autoencoder']}-{key['data']}.safetensors"
-    if path.exists():
-        with contextlib.suppress(InputError):  # damaged: encode again
-            tensors, metadata = read_safetensors(path)
-            if metadata.get("key") == key:
-                return tensors["latents"]
-    device = next(vqgan.parameters()).device
-    parts = [vqgan.encode(patients.unit(slice(i, i + 8)).to(device)).cpu() for i in range(0, len(patients), 8)]
-    latents = torch.cat(parts)
-    if processes.rank() == 0:
-        write_safetensors(path, {"latents": latents}, {"key": key})
-        for old in cache.glob("*.safetensors"):
-            if not old.name.startswith(key["autoencoder"]):
-                old.unlink(missing_ok=True)
-    return latents
-
-
-def _beginning(start: str | Path, autoencoder: str) -> LatentDiffusion:
-    """The model in ``start``, if it lives in the latents of the same autoencoder."""
-    model, vqgan, *_ = load_ldm(start)
+def _beginning(start: str | Path, autoencoder: str) -> tuple[LatentDiffusion, list[dict[str, Any]]]:
+    """The model in ``start``, if it lives in the latents of the same autoencoder, and how it was trained."""
+    model, vqgan, _, metadata = load_ldm(start)
     if state_digest(vqgan) != autoencoder:
         raise InputError(f"{start}: was trained with another autoencoder; start from weights of this run's.")
-    return model
+    return model, training_history(metadata)
 
 
 def _validation_loss(
@@ -314,7 +284,7 @@ def _validation_loss(
         for number, some in enumerate(sets):
             xrays = some.xrays.to(device)
             if number not in first:
-                first[number] = initial_latent(vqgan, xrays, some.views, model.preset)
+                first[number] = initial_latent(model, vqgan, xrays, some.views)
             condition = model.condition(xrays, some.views, first[number])
             generator = torch.Generator().manual_seed(number)
             for _ in range(rounds):
@@ -335,6 +305,7 @@ def train_ldm(
     any_view: bool = False,
     validation: Patients | None = None,
     start: str | Path | None = None,
+    network: str | Path | None = None,
 ) -> LatentDiffusion:
     """The diffusion model of ``folder`` for the views of ``train``: loaded if finished, else trained or resumed.
 
@@ -349,9 +320,13 @@ def train_ldm(
         validation: patients with all views; their loss at noise that never changes is logged as ``val_loss``.
         start: weights of another diffusion model on the same autoencoder to begin with (fine-tuning), such as the
             any-view model for one set of views; by default random weights.
+        network: for a preset with an initial network, the folder of
+            :func:`difr3ct_core.stage_initial.train_initial`, or weights of a model that holds one; by default that of
+            ``start``. It becomes a part of the model and is not trained further.
 
     Raises:
-        InputError: ``start`` is of another shape or autoencoder.
+        InputError: ``start`` is of another shape or autoencoder, or the preset wants an initial network and there is
+            none.
     """
     if any_view:
         train = train.at_angles(fan_angles(preset), preset.xray)
@@ -372,24 +347,40 @@ def train_ldm(
     }
     if any_view:
         fingerprint["any_view"] = dataclasses.asdict(preset.any_view)
-    beginning = None if start is None else _beginning(start, fingerprint["autoencoder"])
-    if beginning is not None:
+    beginning, first, history = None, None, []
+    if start is not None:
+        beginning, history = _beginning(start, fingerprint["autoencoder"])
         fingerprint["start"] = state_digest(beginning)
+        first = beginning.initial_network
+    if network is not None:
+        first, _, metadata = load_initial(network)
+        history = [*history, *training_history(metadata)]
+    if first is not None:
+        fingerprint["initial_network"] = state_digest(first)
     if _finished(path, fingerprint):
         return load_ldm(path, device)[0]
+    if preset.initial.network != (first is not None):
+        raise InputError(
+            f"network: {'given' if first else 'missing'}, but initial.network of preset {preset.name!r} is "
+            f"{str(preset.initial.network).lower()}; pass the folder of train_initial if and only if it is true."
+        )
     torch.manual_seed(seed)
     model = LatentDiffusion(preset).to(device)
+    if first is not None and model.initial_network is not None:
+        load_state(model.initial_network, first.state_dict(), Path(str(network or start)))
     if beginning is not None:
-        load_state(model, beginning.state_dict(), Path(str(start)))
+        # The initial network, if the beginning has one, may be an older one.
+        old = {k: v for k, v in beginning.state_dict().items() if not k.startswith("initial_network.")}
+        new = {k: v for k, v in model.state_dict().items() if k.startswith("initial_network.")}
+        load_state(model, old | new, Path(str(start)))
     _prepare([model.unet], settings)
     vqgan = vqgan.to(device).eval()
     latents = encoded(train, vqgan, folder.parent / "latents").to(device)
     # Where the x-rays are always the same, they are solved once.
     initial = None
-    if not any_view and preset.initial.solver != "none":
-        initial = processes.computed_together(
-            train.xrays.to(device), lambda some: initial_latent(vqgan, some, train.views, preset)
-        )
+    if not any_view and preset.has_initial:
+        known = solved(train, vqgan, preset, folder.parent / "latents", device)
+        initial = initial_latent(model, vqgan, train.xrays.to(device), train.views, solved=known)
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         batch = batch_index(len(train), settings.batch_size, step, seed)
@@ -397,7 +388,7 @@ def train_ldm(
         pick = draw_views(preset, generator) if any_view else range(len(train.views))
         xrays, views = train.xrays[rows][:, list(pick)], [train.views[i] for i in pick]
         xrays, at = xrays.to(device), rows.to(latents.device)
-        known = initial_latent(vqgan, xrays, views, preset) if initial is None else initial[at]
+        known = initial_latent(model, vqgan, xrays, views) if initial is None else initial[at]
         return model.loss(latents[at], xrays, views, generator, part, len(batch), known)
 
     validate = None
@@ -414,16 +405,14 @@ def train_ldm(
     if stop_after is None and processes.rank() == 0:
         tensors = {f"ldm.{k}": v for k, v in best.state_dict().items()}
         tensors |= {f"vqgan.{k}": v for k, v in vqgan.state_dict().items()}
-        write_safetensors(
-            path,
-            tensors,
-            {
-                "kind": "ldm",
-                "preset": preset.to_dict(),
-                "views": views_to_json(train.views),
-                **({"any_view_most": preset.any_view.most} if any_view else {}),
-                "fingerprint": fingerprint,
-                "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
-            },
-        )
+        metadata = {
+            "kind": "ldm",
+            "preset": preset.to_dict(),
+            "views": views_to_json(train.views),
+            **({"any_view_most": preset.any_view.most} if any_view else {}),
+            "fingerprint": fingerprint,
+            "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
+        }
+        metadata["history"] = [*history, *training_history(metadata)]
+        write_safetensors(path, tensors, metadata)
     return best

@@ -301,10 +301,12 @@ def main(arguments: list[str] | None = None) -> int:
     from .presets import get_preset
 
     parser = argparse.ArgumentParser(prog="python -m difr3ct_core.training", description=main.__doc__.split(";")[0])
-    parser.add_argument("--stage", choices=("vqgan", "ldm"), required=True, help="the LDM trains its VQGAN if need be")
+    parser.add_argument(
+        "--stage", choices=("vqgan", "initial", "ldm"), required=True, help="a stage trains those before it if need be"
+    )
     parser.add_argument("--preset", default="paper", help="tiny, small or paper (default)")
-    parser.add_argument("--views", default="8view", help="set of views of the LDM (8view, 2view, ...), or any")
-    parser.add_argument("--weights", type=Path, help="LDM: run folder or weights to begin with (fine-tuning)")
+    parser.add_argument("--views", default="8view", help="set of views (8view, 2view, ...), or any")
+    parser.add_argument("--weights", type=Path, help="initial, LDM: run folder or weights of an LDM to begin with")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the cohorts")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/PRESET)")
     parser.add_argument("--seed", type=int, default=0)
@@ -328,6 +330,8 @@ def main(arguments: list[str] | None = None) -> int:
         chapter.shipped = False
         if options.stage == "vqgan":
             chapter.vqgan(options.stop_after)
+        elif options.stage == "initial":
+            chapter.initial(options.views, options.stop_after, options.weights)
         else:
             chapter.ldm(options.views, options.stop_after, options.weights)
     except (InputError, TrainingError) as error:

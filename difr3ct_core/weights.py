@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .checkpoints import load_state
 from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors, write_safetensors
+from .initial_network import InitialNetwork
 from .presets import Preset
 from .vqgan import VQGAN
 
@@ -74,6 +75,42 @@ def load_ldm(
     load_state(model, {k.removeprefix("ldm."): v for k, v in tensors.items() if k.startswith("ldm.")}, path)
     load_state(vqgan, {k.removeprefix("vqgan."): v for k, v in tensors.items() if k.startswith("vqgan.")}, path)
     return model.to(device).eval(), vqgan.to(device).eval(), preset, metadata
+
+
+def load_initial(path: str | Path, device: str | torch.device = "cpu") -> tuple[InitialNetwork, Preset, dict[str, Any]]:
+    """A finished initial network, its preset and the metadata of its file.
+
+    Args:
+        path: ``weights.safetensors`` of its run, the run's folder, or a diffusion model that holds one.
+
+    Raises:
+        InputError: neither, or truncated, or of another version.
+    """
+    path = Path(path)
+    if read_safetensors(path / "weights.safetensors" if path.is_dir() else path)[1].get("kind") == "ldm":
+        model, _, preset, metadata = load_ldm(path, device)
+        if model.initial_network is None:
+            raise InputError(f"{path}: holds a diffusion model without an initial network, expected one with it.")
+        return model.initial_network, preset, metadata
+    path, tensors, preset, metadata = _read_weights(path, "initial", ("preset",))
+    network = InitialNetwork(preset)
+    load_state(network, tensors, path)
+    return network.to(device).eval(), preset, metadata
+
+
+def training_history(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """All trainings that led to a model, oldest first: what it began from, its initial network, itself.
+
+    Each with ``kind``, ``steps``, ``batch_size``, ``wall_s`` and ``peak_memory_gb``. Of models from before this was
+    written down, their own training alone.
+    """
+    if "history" in metadata:
+        return metadata["history"]
+    kind, origin = metadata["kind"], metadata["provenance"]
+    training = metadata["settings"]["training"] if "settings" in metadata else metadata["preset"][f"train_{kind}"]
+    peak = origin.get("peak_gpu_gb", origin["peak_memory_gb"])
+    return [{"kind": kind, **{name: training[name] for name in ("steps", "batch_size")},
+             "wall_s": origin["wall_s"], "peak_memory_gb": peak}]  # fmt: skip
 
 
 def export_weights(run: str | Path, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:

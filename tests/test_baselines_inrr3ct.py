@@ -10,11 +10,12 @@ import torch
 from small_baselines import INRR3CT_SMALL, landmark, landmark_xrays, stir, without_gradient
 from small_models import SMALL, patients
 
-from difr3ct_core.baselines.inrr3ct import INRR3CT, SineLayers, fourier_features, sample_features
+from difr3ct_core.baselines.inrr3ct import INRR3CT
 from difr3ct_core.baselines.network import load_network, train_network
 from difr3ct_core.datasets import preset_views
 from difr3ct_core.files import InputError
 from difr3ct_core.geometry import standard_views
+from difr3ct_core.implicit import SineLayers, fourier_features, sample_features
 from difr3ct_core.presets import TrainPreset
 
 VIEWS = preset_views(SMALL, "4view")

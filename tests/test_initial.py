@@ -15,7 +15,7 @@ from difr3ct_core.diffusion import LatentDiffusion
 from difr3ct_core.drr import project
 from difr3ct_core.files import InputError
 from difr3ct_core.geometry import standard_views
-from difr3ct_core.initial import initial_latent, initial_volume
+from difr3ct_core.initial import initial_latent, initial_volume, solved_latent
 from difr3ct_core.stages import crops, train_ldm, train_vqgan
 from difr3ct_core.weights import load_ldm
 
@@ -64,16 +64,17 @@ def test_unknown_solver(solver):
 def test_it_joins_the_condition(vqgan):
     some = patients().with_views("2view")
     model = LatentDiffusion(SOLVED)
-    known = initial_latent(vqgan, some.xrays, some.views, SOLVED, batch=3)
+    known = initial_latent(model, vqgan, some.xrays, some.views, batch=3)
+    torch.testing.assert_close(known, solved_latent(vqgan, some.xrays, some.views, SOLVED))
     torch.testing.assert_close(known, vqgan.encode(initial_volume(some.xrays, some.views, SOLVED)))
     condition = model.condition(some.xrays, some.views, known)
     assert condition.shape[1] == SOLVED.condition_channels == SMALL.condition_channels + 8
     paper = model.fusion(some.xrays / SMALL.xray.scale, some.views)
     assert torch.equal(condition, torch.cat([paper, known], dim=1))
-    assert initial_latent(vqgan, some.xrays, some.views, SMALL) is None
-    with pytest.raises(InputError, match="initial: missing, but the model's solver is 'tv_body'; pass what initial_l"):
+    assert initial_latent(LatentDiffusion(SMALL), vqgan, some.xrays, some.views) is None
+    with pytest.raises(InputError, match="initial: missing, but the model was made with one; pass what initial_latent"):
         model.condition(some.xrays, some.views)
-    with pytest.raises(InputError, match="initial: given, but the model's solver is 'none'"):
+    with pytest.raises(InputError, match="initial: given, but the model was made without one; pass what"):
         LatentDiffusion(SMALL).condition(some.xrays, some.views, known)
 
 

@@ -14,8 +14,9 @@ from small_models import SMALL, patients, trained
 from difr3ct_core import stages
 from difr3ct_core.files import InputError, read_safetensors, write_safetensors
 from difr3ct_core.geometry import views_from_json
+from difr3ct_core.latents import encoded
 from difr3ct_core.presets import VIEW_SETS, Preset
-from difr3ct_core.stages import encoded, train_ldm, train_vqgan, with_settings
+from difr3ct_core.stages import train_ldm, train_vqgan, with_settings
 from difr3ct_core.weights import export_weights, load_ldm, load_vqgan, state_digest
 
 

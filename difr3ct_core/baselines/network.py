@@ -21,9 +21,10 @@ from ..checkpoints import load_state, seconds_trained
 from ..datasets import Patients, batch_index
 from ..files import InputError, read_safetensors, write_safetensors
 from ..geometry import View, views_from_json, views_to_json
+from ..latents import data_digest
 from ..presets import Preset
 from ..results import provenance
-from ..stages import _fingerprint_of_data, _finished, _numbers
+from ..stages import _finished, _numbers
 from ..training import Opponent, fit
 from .presets import settings_from_dict
 
@@ -132,7 +133,7 @@ def train_network(
         **{section: dataclasses.asdict(getattr(preset, section)) for section in network.preset_sections},
         "settings": numbers,
         "training": _numbers(training),
-        "data": _fingerprint_of_data(train),
+        "data": data_digest(train),
         "n_train": len(train),
         "views": views_to_json(train.views),
         "seed": seed,

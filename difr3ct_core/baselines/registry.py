@@ -28,7 +28,7 @@ from ..files import InputError, read_safetensors
 from ..metrics import psnr
 from ..presets import VIEW_SETS
 from ..reconstruct import posterior_samples
-from ..weights import load_ldm, state_digest
+from ..weights import load_ldm, state_digest, training_history
 from .classical import METHODS as CLASSICAL
 from .diffusion3d import VoxelDiffusion
 from .floors import MeanVolume, NearestPatient
@@ -219,22 +219,17 @@ def training_cost(chapter: Chapter, name: str, view_set: str) -> dict[str, float
 
     Methods without a training took none: an empty dictionary. Minutes (of all starts of a training) and patients
     (steps times batch; not the autoencoder's, which sees no x-ray) are summed over the models, memory is the largest.
-    A fine-tuned model counts its last training and the any-view model: what was trained in between is not in its file.
+    A fine-tuned model counts all that it began from, and its initial network.
     """
     minutes, peak, seen = [], [], 0
-    models = list(get_method(name, view_set).models(view_set))
-    while models:
-        model = models.pop()
+    for model in get_method(name, view_set).models(view_set):
         path: Path = chapter.weights(model)
         path = path if path.suffix else path / "weights.safetensors"
         metadata = read_safetensors(path)[1]
-        if "start" in metadata["fingerprint"]:  # fine-tuned: what it began from was trained too
-            models.append("ldm-any")
-        origin = metadata["provenance"]
-        minutes.append(origin["wall_s"] / 60)
-        training = metadata["settings"]["training"] if "settings" in metadata else metadata["preset"]["train_ldm"]
-        seen += 0 if model == "vqgan" else training["steps"] * training["batch_size"]
-        peak.append(origin.get("peak_gpu_gb", origin["peak_memory_gb"]))
+        for training in training_history(metadata):
+            minutes.append(training["wall_s"] / 60)
+            seen += 0 if model == "vqgan" else training["steps"] * training["batch_size"]
+            peak.append(training["peak_memory_gb"])
     if not minutes:
         return {}
     return {"train_minutes": sum(minutes), "train_peak_gb": max(peak), "patients_seen": float(seen)}

@@ -117,7 +117,8 @@ def quality_table(measured: Mapping[str, Any] | None) -> str:
         return f"{decibels['value']:.1f}" + (f" / {likeness['value']:.3f}" if likeness else "")
 
     kinds = (
-        ("own model, held-out phantoms", ""), ("any-view model, held-out phantoms", "any_view_"),
+        ("own model, held-out phantoms", ""), ("its initial network alone", "initial_"),
+        ("any-view model, held-out phantoms", "any_view_"), ("its initial network alone", "initial_any_view_"),
         ("total variation, held-out phantoms", "classical_"), ("own model, LIDC-IDRI-0001", "real_"),
         ("any-view model, LIDC-IDRI-0001", "real_any_view_"), ("total variation, LIDC-IDRI-0001", "real_classical_"),
     )  # fmt: skip

@@ -1,0 +1,86 @@
+"""What trainings read of the volumes and x-rays again and again, computed once and kept on disk.
+
+One file for a pair of autoencoder and patients (and views and solver), named by their checksums; those of autoencoders
+that are gone are removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import processes
+from .datasets import Patients
+from .files import InputError, read_safetensors, write_safetensors
+from .geometry import views_to_json
+from .initial import solved_latent
+from .presets import Preset
+from .vqgan import VQGAN
+from .weights import state_digest
+
+
+def data_digest(patients: Patients) -> str:
+    """A short checksum of names and volumes."""
+    digest = hashlib.sha256(repr(patients.ids).encode())
+    digest.update(patients.hu.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _kept(cache: Path, key: dict[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+    """The latents of ``key``, from the file in ``cache`` if there is one, else computed and written."""
+    rest = {name: value for name, value in key.items() if name != "autoencoder"}
+    name = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache / f"{key['autoencoder']}-{name}.safetensors"
+    if path.exists():
+        with contextlib.suppress(InputError):  # damaged: compute again
+            tensors, metadata = read_safetensors(path)
+            if metadata.get("key") == json.loads(json.dumps(key)):
+                return tensors["latents"]
+    latents = compute().cpu()
+    if processes.rank() == 0:
+        write_safetensors(path, {"latents": latents}, {"key": key})
+        for old in cache.glob("*.safetensors"):
+            if not old.name.startswith(key["autoencoder"]):
+                old.unlink(missing_ok=True)
+    return latents
+
+
+def encoded(patients: Patients, vqgan: VQGAN, cache: Path) -> Float[Tensor, "n c z y x"]:
+    """Latents of all patients' volumes, on the CPU."""
+    device = next(vqgan.parameters()).device
+    key = {"autoencoder": state_digest(vqgan), "data": data_digest(patients)}
+    starts = range(0, len(patients), 8)
+    return _kept(
+        cache, key, lambda: torch.cat([vqgan.encode(patients.unit(slice(i, i + 8)).to(device)) for i in starts])
+    )
+
+
+def solved(
+    patients: Patients, vqgan: VQGAN, preset: Preset, cache: Path, device: str | torch.device
+) -> Float[Tensor, "n c z y x"] | None:
+    """Latents of what the preset's solver makes of all patients' x-rays, on ``device``; None without a solver."""
+    if preset.initial.solver == "none":
+        return None
+    key = {
+        "autoencoder": state_digest(vqgan),
+        "data": data_digest(patients),
+        "views": views_to_json(patients.views),
+        "solver": [preset.initial.solver, preset.initial.iterations],
+        "xray": dataclasses.asdict(preset.xray),
+    }
+
+    def solve(xrays: Tensor) -> Tensor:
+        latents = solved_latent(vqgan, xrays, patients.views, preset)
+        assert latents is not None
+        return latents
+
+    return _kept(cache, key, lambda: processes.computed_together(patients.xrays.to(device), solve)).to(device)

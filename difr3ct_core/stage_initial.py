@@ -1,0 +1,138 @@
+"""The stage between autoencoder and diffusion model: "load or train" of the initial network. Beyond the paper.
+
+It needs the latents of the training set and the x-rays, nothing else; a model of the same run reads the result
+(:func:`difr3ct_core.stages.train_ldm`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import processes
+from .checkpoints import load_state, seconds_trained
+from .datasets import Patients, batch_index
+from .files import InputError, write_safetensors
+from .geometry import views_to_json
+from .initial import solved_latent
+from .initial_network import InitialNetwork
+from .latents import encoded, solved
+from .presets import VIEW_SETS, Preset
+from .results import provenance
+from .stages import _common, _finished, _numbers, draw_views, fan_angles
+from .training import fit
+from .vqgan import VQGAN
+from .weights import load_initial, state_digest
+
+
+def train_initial(
+    train: Patients,
+    vqgan: VQGAN,
+    preset: Preset,
+    folder: str | Path,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    stop_after: int | None = None,
+    any_view: bool = False,
+    validation: Patients | None = None,
+    start: InitialNetwork | None = None,
+) -> InitialNetwork:
+    """The initial network of ``folder`` for the views of ``train``: loaded if finished, else trained or resumed.
+
+    It is asked for the scaled latents of the training volumes, and judged by the mean square of the difference.
+
+    Args:
+        train, vqgan, preset, folder, seed, device, stop_after, any_view, validation: as in
+            :func:`difr3ct_core.stages.train_ldm`; the loss of ``validation`` is logged as ``val_loss``.
+        start: a network of the same preset to begin with; by default random weights.
+
+    Raises:
+        InputError: the preset has no initial network, or ``start`` is of another shape.
+    """
+    if not preset.initial.network:
+        raise InputError(f"initial.network: is false in preset {preset.name!r}; set it to true to train one.")
+    if any_view:
+        train = train.at_angles(fan_angles(preset), preset.xray)
+    folder = Path(folder)
+    path = folder / "weights.safetensors"
+    settings = preset.train_initial
+    fingerprint = {
+        **_common(preset, train, seed),
+        "kind": "initial",
+        "training": _numbers(settings),
+        "initial": dataclasses.asdict(preset.initial),
+        "xray": dataclasses.asdict(preset.xray),
+        "views": views_to_json(train.views),
+        "autoencoder": state_digest(vqgan),
+    }
+    if any_view:
+        fingerprint["any_view"] = dataclasses.asdict(preset.any_view)
+    if start is not None:
+        fingerprint["start"] = state_digest(start)
+    if _finished(path, fingerprint):
+        return load_initial(path, device)[0]
+    torch.manual_seed(seed)
+    model = InitialNetwork(preset).to(device)
+    if start is not None:
+        load_state(model, start.state_dict(), path)
+    vqgan = vqgan.to(device).eval()
+    latents = encoded(train, vqgan, folder.parent / "latents").to(device)
+    # Where the x-rays are always the same, they are solved once.
+    solutions = None if any_view else solved(train, vqgan, preset, folder.parent / "latents", device)
+
+    def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = batch_index(len(train), settings.batch_size, step, seed)[part]
+        pick = draw_views(preset, generator) if any_view else list(range(len(train.views)))
+        views = [train.views[i] for i in pick]
+        xrays, at = train.xrays[rows][:, pick].to(device), rows.to(latents.device)
+        known = solved_latent(vqgan, xrays, views, preset) if solutions is None else solutions[at]
+        return (model(xrays, views, known) - latents[at]).square().mean(), {}
+
+    validate = None
+    if validation is not None:
+        names = list(VIEW_SETS) if any_view else []
+        sets = [validation.with_views(name) for name in names] or [
+            validation.take_angles([view.angle_deg for view in train.views])
+        ]
+        validate = _validation(sets, vqgan, preset, device)
+    label = f"training {'any' if any_view else len(train.views)}-view initial network"
+    best = fit(model, loss_of_step, settings, folder, fingerprint, label, seed, validate, stop_after)
+    assert isinstance(best, InitialNetwork)
+    if stop_after is None and processes.rank() == 0:
+        write_safetensors(
+            path,
+            best.state_dict(),
+            {
+                "kind": "initial",
+                "preset": preset.to_dict(),
+                "views": views_to_json(train.views),
+                "fingerprint": fingerprint,
+                "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
+            },
+        )
+    return best
+
+
+def _validation(
+    sets: Sequence[Patients], vqgan: VQGAN, preset: Preset, device: str | torch.device, patients: int = 16
+) -> Callable[[nn.Module], dict[str, float]]:
+    """The loss on patients that train nothing, the mean over sets of views."""
+    sets = [some.take(range(min(patients, len(some)))) for some in sets]
+    latents = torch.cat([vqgan.encode(part.to(device)) for part in sets[0].unit().split(8)])
+    solutions: dict[int, Tensor | None] = {}
+
+    @torch.no_grad()
+    def validate(model: nn.Module) -> dict[str, float]:
+        total = 0.0
+        for number, some in enumerate(sets):
+            xrays = some.xrays.to(device)
+            if number not in solutions:
+                solutions[number] = solved_latent(vqgan, xrays, some.views, preset)
+            total += float((model(xrays, some.views, solutions[number]) - latents).square().mean())
+        return {"val_loss": total / len(sets)}
+
+    return validate
