@@ -13,6 +13,7 @@ each metric, mean and standard deviation over the patients and the patients' own
   ``perceptual`` (LPIPS, where VGG16 is there);
 - ``train_minutes``, ``train_peak_gb`` (memory of the GPU if there is one; of the process otherwise), and
   ``sample_seconds`` per patient, from the x-rays to the volume;
+- ``samples``, of a diffusion model: how many, of which the mean is scored;
 - ``against_difr3ct``: mean difference of PSNR and SSIM on the same patients, with p by Wilcoxon's signed-rank test.
 
 ``value`` is the mean PSNR again. A run merges into the file: entries that it does not make stay. Slices of the first
@@ -42,6 +43,8 @@ from difr3ct_core.training import TrainingError
 from difr3ct_core.vqgan_losses import Perceptual
 
 RESULTS = Path(__file__).parent / "results" / "tables.json"
+#: Methods that draw samples.
+SAMPLERS = ("difr3ct", "difr3ct_tv", "diffusion3d")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--views", nargs="+", default=list(VIEW_SETS))
     parser.add_argument("--patients", type=int, default=32, help="test patients, at most (default 32)")
+    parser.add_argument(
+        "--samples", type=int, help="whose mean is scored, of a diffusion model (default: preset)"
+    )
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,11 +74,15 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.methods:
             if name not in METHODS:
                 raise InputError(f"methods: found {name!r}, expected some of {', '.join(METHODS)}.")
+        if options.samples is not None and options.samples < 1:
+            raise InputError(f"samples: found {options.samples}, expected at least 1.")
         for cohort in options.cohorts:
             suffix = "" if cohort == "lung" else f"-{cohort}"
             run = options.runs / f"{options.preset}{suffix}"
             chapter = open_cohort(options.preset, cohort, options.data, run, options.seed, options.device)
             chapter.shipped = options.shipped
+            if options.samples is not None:
+                chapter.preset = chapter.preset.replace(sampling={"n_samples": options.samples})
             look = Perceptual(chapter.vgg16) if chapter.vgg16 is not None else None
             one = chapter.patients("test").take([0])
             truth = middle_slices(one.hu[0])
@@ -84,6 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
                         print(f"{cohort}/{name}/{view_set}: not trained, left out")
                         continue
                     entry, pictures = measure(chapter, name, view_set, options.patients, look)
+                    if name in SAMPLERS:
+                        entry["samples"] = chapter.preset.sampling.n_samples
                     key = f"{cohort}/{name}/{view_set}"
                     print(f"{key:34s} {entry['value']:6.2f} dB  SSIM {entry['ssim']['mean']:.3f}", flush=True)
                     device = device_name(chapter.device)

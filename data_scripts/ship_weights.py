@@ -2,9 +2,10 @@
 
     python data_scripts/ship_weights.py --run runs/small [--out pretrained]
 
-For every finished autoencoder and diffusion model of the run (initial networks are inside the latter): ``PRESET-MODEL.safetensors`` (at most 16 MB), ``.csv`` (its log), ``.md`` (its
-card, with the measured quality from ``benchmarks/results/quality_PRESET.json`` if that is there;
-run this again afterwards).
+For every finished autoencoder and diffusion model of the run (initial networks are inside the latter):
+``PRESET-MODEL.safetensors`` (at most 16 MB), ``.csv`` (its log), ``.md`` (its card, with the measured quality from
+``benchmarks/results/quality_PRESET.json`` if that is there; run this again afterwards). Diffusion models name the
+autoencoder beside them instead of holding it once more.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
     if preset["vqgan"].get("image_gan_weight") or metadata.get("perceptual"):
         judges = "L1, commitment, adversarial" + (", perceptual" if metadata.get("perceptual") else "")
-    kind = "3D VQGAN" if stage == "vqgan" else "Conditional latent diffusion model, with its VQGAN inside,"
+    kind = "3D VQGAN" if stage == "vqgan" else "Conditional latent diffusion model, for the VQGAN beside it,"
     lines = [
         f"# {preset['name']}-{model}", "",
         f"{kind} of DIFR3CT, "
@@ -125,12 +126,13 @@ def ship(run: Path, out: Path, results: Path, notes: dict[str, str] | None = Non
     if not found:
         raise InputError(f"{run}: holds no finished model, expected MODEL/weights.safetensors; train one first.")
     made = []
-    for weights in found:
+    for weights in sorted(found, key=lambda path: path.parent.name != "vqgan"):  # the autoencoder first: others name it
         model = weights.parent.name
         _, metadata = read_safetensors(weights)
         name = metadata["preset"]["name"]
         path = out / f"{name}-{model}.safetensors"
-        megabytes = export_weights(weights, path) / 1e6
+        shared = out / f"{name}-vqgan.safetensors"
+        megabytes = export_weights(weights, path, autoencoder=shared if shared.exists() else None) / 1e6
         if megabytes > LIMIT_MB:
             path.unlink()
             raise InputError(

@@ -1,7 +1,8 @@
 """Weights on disk: finished models read back, and made small for shipping.
 
 The file of a finished model, ``weights.safetensors``, holds preset, HU window, spacing, latent scale and views beside
-the weights; that of a diffusion model holds its autoencoder too, so that it is all that a reconstruction needs.
+the weights; that of a diffusion model holds its autoencoder too, so that it is all that a reconstruction needs. Of the
+files that ship several share an autoencoder, so it lies beside them, and they name it.
 """
 
 from __future__ import annotations
@@ -68,13 +69,32 @@ def load_ldm(
         path: ``weights.safetensors`` of a run, or the run's folder.
 
     Raises:
-        InputError: not the weights of a diffusion model, truncated, or of another version.
+        InputError: not the weights of a diffusion model, truncated, or of another version; or the autoencoder that it
+            names does not lie beside it.
     """
     path, tensors, preset, metadata = _read_weights(path, "ldm", ("preset", "views"))
     model, vqgan = LatentDiffusion(preset), VQGAN(preset.vqgan)
     load_state(model, {k.removeprefix("ldm."): v for k, v in tensors.items() if k.startswith("ldm.")}, path)
-    load_state(vqgan, {k.removeprefix("vqgan."): v for k, v in tensors.items() if k.startswith("vqgan.")}, path)
+    if "autoencoder" in metadata:
+        vqgan = _beside(path, metadata["autoencoder"])
+    else:
+        load_state(vqgan, {k.removeprefix("vqgan."): v for k, v in tensors.items() if k.startswith("vqgan.")}, path)
     return model.to(device).eval(), vqgan.to(device).eval(), preset, metadata
+
+
+def _beside(path: Path, named: Any) -> VQGAN:
+    """The autoencoder that lies beside ``path``, if it is the one that was ``named``."""
+    if not isinstance(named, dict) or set(named) != {"file", "digest"} or Path(named["file"]).name != named["file"]:
+        raise InputError(f"{path}: found {named!r}, expected file and digest of its autoencoder; fetch it again.")
+    other = path.with_name(named["file"])
+    if not other.exists():
+        raise InputError(f"{other}: no such file, but {path.name} needs it beside it; keep the two together.")
+    vqgan = load_vqgan(other)[0]
+    if state_digest(vqgan) != named["digest"]:
+        raise InputError(
+            f"{other}: is not the autoencoder that {path.name} was trained with; take both together."
+        )
+    return vqgan
 
 
 def load_initial(path: str | Path, device: str | torch.device = "cpu") -> tuple[InitialNetwork, Preset, dict[str, Any]]:
@@ -113,7 +133,9 @@ def training_history(metadata: dict[str, Any]) -> list[dict[str, Any]]:
              "wall_s": origin["wall_s"], "peak_memory_gb": peak}]  # fmt: skip
 
 
-def export_weights(run: str | Path, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
+def export_weights(
+    run: str | Path, path: str | Path, dtype: torch.dtype = torch.bfloat16, autoencoder: str | Path | None = None
+) -> int:
     """Write a half-precision copy of finished weights, for shipping; returns its size in bytes.
 
     Codebook and latent scale stay in full precision: two codes that round to one would be a code less, and the
@@ -123,6 +145,8 @@ def export_weights(run: str | Path, path: str | Path, dtype: torch.dtype = torch
         run: folder of a finished run, or its ``weights.safetensors``.
         path: the file to write.
         dtype: bfloat16 or float16.
+        autoencoder: an exported autoencoder in the same folder; a diffusion model that was trained with it then names
+            it instead of holding it. One that was trained with another holds its own all the same.
     """
     run = Path(run)
     tensors, metadata = read_safetensors(run / "weights.safetensors" if run.is_dir() else run)
@@ -132,6 +156,12 @@ def export_weights(run: str | Path, path: str | Path, dtype: torch.dtype = torch
         for k, v in tensors.items()
     }
     write_safetensors(path, small, {**metadata, "stored_as": str(dtype).removeprefix("torch.")})
+    if autoencoder is not None and metadata["kind"] == "ldm":
+        digest = state_digest(load_vqgan(autoencoder)[0])
+        if digest == state_digest(load_ldm(path)[1]):
+            small = {k: v for k, v in small.items() if not k.startswith("vqgan.")}
+            metadata["autoencoder"] = {"file": Path(autoencoder).name, "digest": digest}
+            write_safetensors(path, small, {**metadata, "stored_as": str(dtype).removeprefix("torch.")})
     return Path(path).stat().st_size
 
 

@@ -261,3 +261,34 @@ def test_words_change_a_preset():
             with_settings(SMALL, "train_ldm", [word])
     with pytest.raises(InputError, match=r"preset\.train_ldm\.accumulate: found 'two', expected a whole number"):
         with_settings(SMALL, "train_ldm", ["accumulate=two"])
+
+
+def test_exported_models_share_the_autoencoder_beside_them(runs, tmp_path):
+    export_weights(runs / "vqgan", tmp_path / "vqgan.safetensors")
+    alone = export_weights(runs / "2view", tmp_path / "alone.safetensors")
+    path = tmp_path / "shared.safetensors"
+    assert export_weights(runs / "2view", path, autoencoder=tmp_path / "vqgan.safetensors") < alone
+    found, whole = load_ldm(path), load_ldm(tmp_path / "alone.safetensors")
+    for a, b in zip(found[:2], whole[:2], strict=True):
+        assert state_digest(a) == state_digest(b)
+    # Another autoencoder in its place, or none: said, not used.
+    vqgan = (tmp_path / "vqgan.safetensors").read_bytes()
+    other = train_vqgan(patients(), SMALL, tmp_path / "other", seed=3)
+    assert state_digest(other) != state_digest(found[1])
+    export_weights(tmp_path / "other", tmp_path / "vqgan.safetensors")
+    with pytest.raises(InputError, match=r"vqgan\.safetensors: is not the autoencoder that shared\.safetensors was"):
+        load_ldm(path)
+    (tmp_path / "vqgan.safetensors").unlink()
+    with pytest.raises(InputError, match=r"vqgan\.safetensors: no such file, but shared\.safetensors needs it beside"):
+        load_ldm(path)
+    # A model that was trained with another one keeps its own.
+    export_weights(tmp_path / "other", tmp_path / "vqgan.safetensors")
+    export_weights(runs / "2view", path, autoencoder=tmp_path / "vqgan.safetensors")
+    assert state_digest(load_ldm(path)[1]) == state_digest(whole[1])
+    # A name that leads out of the folder is refused.
+    (tmp_path / "vqgan.safetensors").write_bytes(vqgan)
+    tensors, metadata = read_safetensors(path)
+    metadata["autoencoder"] = {"file": "../vqgan.safetensors", "digest": "0"}
+    write_safetensors(path, tensors, metadata)
+    with pytest.raises(InputError, match=r"shared\.safetensors: found .*, expected file and digest of its autoencoder"):
+        load_ldm(path)
