@@ -55,9 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--views", nargs="+", default=list(VIEW_SETS))
     parser.add_argument("--patients", type=int, default=32, help="test patients, at most (default 32)")
-    parser.add_argument(
-        "--samples", type=int, help="whose mean is scored, of a diffusion model (default: preset)"
-    )
+    parser.add_argument("--samples", type=int, help="whose mean is scored, of a diffusion model (default: preset)")
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders")
     parser.add_argument("--seed", type=int, default=0)

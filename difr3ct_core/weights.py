@@ -91,9 +91,7 @@ def _beside(path: Path, named: Any) -> VQGAN:
         raise InputError(f"{other}: no such file, but {path.name} needs it beside it; keep the two together.")
     vqgan = load_vqgan(other)[0]
     if state_digest(vqgan) != named["digest"]:
-        raise InputError(
-            f"{other}: is not the autoencoder that {path.name} was trained with; take both together."
-        )
+        raise InputError(f"{other}: is not the autoencoder that {path.name} was trained with; take both together.")
     return vqgan
 
 
