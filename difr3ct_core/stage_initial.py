@@ -6,7 +6,6 @@ It needs the latents of the training set and the x-rays, nothing else; a model o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .initial_network import InitialNetwork
 from .latents import encoded, solved
 from .presets import VIEW_SETS, Preset
 from .results import provenance
-from .stages import _common, _finished, _numbers, draw_views, fan_angles
+from .stages import _common, _finished, _numbers, _seen, draw_views, fan_angles
 from .training import fit
 from .vqgan import VQGAN
 from .weights import load_initial, state_digest
@@ -64,13 +63,8 @@ def train_initial(
         **_common(preset, train, seed),
         "kind": "initial",
         "training": _numbers(settings),
-        "initial": dataclasses.asdict(preset.initial),
-        "xray": dataclasses.asdict(preset.xray),
-        "views": views_to_json(train.views),
-        "autoencoder": state_digest(vqgan),
+        **_seen(preset, train, vqgan, any_view),
     }
-    if any_view:
-        fingerprint["any_view"] = dataclasses.asdict(preset.any_view)
     if start is not None:
         fingerprint["start"] = state_digest(start)
     if _finished(path, fingerprint):

@@ -140,6 +140,17 @@ def _common(preset: Preset, train: Patients, seed: int) -> dict[str, Any]:
     }
 
 
+def _seen(preset: Preset, train: Patients, vqgan: VQGAN, any_view: bool) -> dict[str, Any]:
+    """What the stages behind the autoencoder have in common: x-rays, their views, and the latents."""
+    return {
+        "initial": dataclasses.asdict(preset.initial),
+        "xray": dataclasses.asdict(preset.xray),
+        "views": views_to_json(train.views),
+        "autoencoder": state_digest(vqgan),
+        **({"any_view": dataclasses.asdict(preset.any_view)} if any_view else {}),
+    }
+
+
 def train_vqgan(
     train: Patients,
     preset: Preset,
@@ -340,13 +351,8 @@ def train_ldm(
         "fusion": dataclasses.asdict(preset.fusion),
         "unet": dataclasses.asdict(preset.unet),
         "diffusion": dataclasses.asdict(preset.diffusion),
-        "initial": dataclasses.asdict(preset.initial),
-        "xray": dataclasses.asdict(preset.xray),
-        "views": views_to_json(train.views),
-        "autoencoder": state_digest(vqgan),
+        **_seen(preset, train, vqgan, any_view),
     }
-    if any_view:
-        fingerprint["any_view"] = dataclasses.asdict(preset.any_view)
     beginning, first, history = None, None, []
     if start is not None:
         beginning, history = _beginning(start, fingerprint["autoencoder"])
