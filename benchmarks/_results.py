@@ -33,7 +33,11 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def update_results(
-    path: str | Path, figures: Mapping[str, Mapping[str, Any]], command: str, device: str | None = None
+    path: str | Path,
+    figures: Mapping[str, Mapping[str, Any]],
+    command: str,
+    device: str | None = None,
+    measured: bool = True,
 ) -> None:
     """Merge figures into a file and say where they came from; keys that are not given stay as they are.
 
@@ -42,6 +46,7 @@ def update_results(
         figures: ``{"key": {"value": number, "unit": "dB"}}``; further entries beside value and unit are kept.
         command: what to type to measure them again.
         device: where they were measured; this machine's processor if not given.
+        measured: false where figures that are there only get something added: they stay from where they were.
 
     Raises:
         InputError: a figure without a finite value or without a unit; nothing is written then.
@@ -68,5 +73,5 @@ def update_results(
         keys = content.pop("provenance", {}).get("keys", {})
         content.update({key: dict(figure) for key, figure in figures.items()})
         own = {"command": command, **{name: origin[name] for name in ("commit", "device", "time")}}
-        keys.update({key: own for key in figures})
+        keys.update({key: own for key in figures if measured or key not in keys})
         write_json(path, {**content, "provenance": {**origin, "keys": keys}})

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             chapter.shipped = options.shipped
             if options.samples is not None:
                 chapter.preset = chapter.preset.replace(sampling={"n_samples": options.samples})
-            look = Perceptual(chapter.vgg16) if chapter.vgg16 is not None else None
+            look = Perceptual(chapter.vgg16).to(chapter.device) if chapter.vgg16 is not None else None
             one = chapter.patients("test").take([0])
             truth = middle_slices(one.hu[0])
             for view_set in options.views:
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         content = read_json(options.out)
         of_cohorts = {key: entry for key, entry in content.items() if key.split("/")[0] in options.cohorts}
         if tested := compare(of_cohorts):
-            update_results(options.out, tested, command, device_name(chapter.device))
+            update_results(options.out, tested, command, device_name(chapter.device), measured=False)
     except (InputError, TrainingError) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2

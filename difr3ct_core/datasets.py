@@ -103,10 +103,13 @@ class Patients:
         pick = [stored.index(angle) for angle in angles_deg]
         return dataclasses.replace(self, xrays=self.xrays[:, pick], views=tuple(self.views[i] for i in pick))
 
-    def at_angles(self, angles_deg: Sequence[float], xray: XrayPreset, batch: int = 32) -> Patients:
+    def at_angles(
+        self, angles_deg: Sequence[float], xray: XrayPreset, batch: int = 32, device: str | torch.device = "cpu"
+    ) -> Patients:
         """The same patients with x-rays rendered anew at other angles (degrees), detector and beam as in ``xray``."""
         views = standard_views(angles_deg, xray.detector_size, self.volume.fov_mm, mode=xray.mode)
-        images = [render_xrays(part.float(), views, self.volume, xray) for part in self.hu.split(batch)]
+        parts = (part.to(device).float() for part in self.hu.split(batch))
+        images = [render_xrays(part, views, self.volume, xray).cpu() for part in parts]
         return dataclasses.replace(self, xrays=torch.cat(images), views=views)
 
     def take(self, index: Sequence[int]) -> Patients:

@@ -97,10 +97,10 @@ def _sampling_grid(view: View, shape: tuple[int, int, int], spacing_mm: float, d
         return rearrange(normalised, "z y x two -> 1 z (y x) two").float().to(device)
 
 
-def resample_along_rays(
+def features_on_rays(
     features: Float[Tensor, "b n k v u"], views: Sequence[View], shape: tuple[int, int, int], spacing_mm: float
-) -> Float[Tensor, "b k z y x"]:
-    """Eq. 10: the mean over views of the features on each point's rays; zero where a ray misses the detector.
+) -> Float[Tensor, "b n k z y x"]:
+    """What each view's feature image holds on each point's ray; zero where a ray misses the detector.
 
     Args:
         features: one feature image per view.
@@ -108,18 +108,24 @@ def resample_along_rays(
         shape: of the 3D grid (z, y, x), centred on the origin.
         spacing_mm: of the 3D grid.
     """
+    return torch.stack([_on_rays(features[:, i], view, shape, spacing_mm) for i, view in enumerate(views)], dim=1)
+
+
+def _on_rays(image: Tensor, view: View, shape: tuple[int, int, int], spacing_mm: float) -> Tensor:
+    """(b, k, v, u) -> (b, k, z, y, x)."""
+    grid = _sampling_grid(view, shape, spacing_mm, image.device).to(image.dtype).expand(len(image), -1, -1, -1)
+    found = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return rearrange(found, "b k z (y x) -> b k z y x", y=shape[1])
+
+
+def resample_along_rays(
+    features: Float[Tensor, "b n k v u"], views: Sequence[View], shape: tuple[int, int, int], spacing_mm: float
+) -> Float[Tensor, "b k z y x"]:
+    """Eq. 10: the mean over views of :func:`features_on_rays`, summed one by one because eight are large."""
     total: Tensor | float = 0.0
     for i, view in enumerate(views):
-        grid = _sampling_grid(view, shape, spacing_mm, features.device).to(features.dtype)
-        sampled = F.grid_sample(
-            features[:, i],
-            grid.expand(len(features), -1, -1, -1),
-            mode="bilinear",
-            padding_mode="zeros",
-            align_corners=False,
-        )
-        total = total + sampled
-    return rearrange(total / len(views), "b k z (y x) -> b k z y x", y=shape[1], x=shape[2])  # type: ignore[operator]
+        total = total + _on_rays(features[:, i], view, shape, spacing_mm)
+    return total / len(views)  # type: ignore[return-value]
 
 
 class Fusion(nn.Module):

@@ -64,7 +64,7 @@ def solved_latent(
     if preset.initial.solver == "none":
         return None
     with torch.no_grad():
-        return torch.cat([vqgan.encode(initial_volume(chunk, views, preset)) for chunk in xrays.split(batch)])
+        return torch.cat([vqgan.encode(initial_volume(chunk, views, preset, batch)) for chunk in xrays.split(batch)])
 
 
 def initial_latent(

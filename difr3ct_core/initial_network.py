@@ -23,9 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .files import InputError
-from .fusion import UNet2d, coarsen
+from .fusion import UNet2d, coarsen, features_on_rays
 from .geometry import View, voxel_centres
-from .implicit import SineLayers, fourier_features, sample_features
+from .implicit import SineLayers, fourier_features
 from .presets import FusionPreset, Preset
 
 
@@ -36,7 +36,6 @@ class InitialNetwork(nn.Module):
         preset: ``initial`` and the grid of the latents.
     """
 
-    points_mm: Tensor
     place: Tensor
 
     def __init__(self, preset: Preset) -> None:
@@ -50,7 +49,6 @@ class InitialNetwork(nn.Module):
         self.joint = SineLayers(p.width + extra, p.width, p.joint_layers, p.omega, first=False)
         self.head = nn.Linear(p.width, channels)
         points = voxel_centres((grid[0], grid[1], grid[2]), (preset.volume.spacing_mm * self.factor,) * 3).view(-1, 3)
-        self.register_buffer("points_mm", points, persistent=False)
         place = fourier_features(points * (2 / preset.volume.fov_mm), p.octaves)
         self.register_buffer("place", place, persistent=False)
 
@@ -70,7 +68,7 @@ class InitialNetwork(nn.Module):
         Raises:
             InputError: as many x-rays as views are expected, and ``solved`` if and only if the preset has a solver.
         """
-        b, n, rows, columns = xrays.shape
+        n = xrays.shape[1]
         if n != len(views) or n == 0:
             raise InputError(f"xrays: found {n} images, expected {len(views)}, one per view.")
         if (solved is None) != (self.preset.initial.solver == "none"):
@@ -78,17 +76,27 @@ class InitialNetwork(nn.Module):
                 f"solved: {'missing' if solved is None else 'given'}, but the solver of the preset is "
                 f"{self.preset.initial.solver!r}; pass what solved_latent(vqgan, xrays, views, preset) returns."
             )
+        # In bf16 omega times a sum would lose the sine's argument, whatever the training around this has chosen.
+        with torch.autocast(xrays.device.type, enabled=False):
+            return self._latent(xrays.float(), views, solved)
+
+    def _latent(self, xrays: Tensor, views: Sequence[View], solved: Tensor | None) -> Tensor:
+        b, n, rows, columns = xrays.shape
         angles = xrays.new_tensor([math.radians(view.angle_deg) for view in views])
         marks = torch.stack([angles.cos(), angles.sin()], dim=1)[None, :, :, None, None].expand(b, n, 2, rows, columns)
         images = torch.cat([xrays[:, :, None] / self.preset.xray.scale, marks], dim=2)
         features = rearrange(self.net(rearrange(images, "b n c v u -> (b n) c v u")), "(b n) k v u -> b n k v u", b=b)
-        points, place = self.points_mm.expand(b, -1, -1), self.place.expand(b, -1, -1)
+        z, y, x = self.preset.latent_shape[1:]
+        coarse = [coarsen(view, self.factor) for view in views]
+        at_once = 1 if xrays.device.type == "cpu" else n  # a CPU's cache holds one view; a GPU wants few large steps
         total: Tensor | float = 0.0
-        for i, view in enumerate(views):
-            seen = sample_features(features[:, i], coarsen(view, self.factor), points)
-            total = total + self.per_view(torch.cat([seen, place.to(seen)], dim=-1))
+        for i in range(0, n, at_once):
+            some, spacing = slice(i, i + at_once), self.preset.volume.spacing_mm * self.factor
+            seen = features_on_rays(features[:, some], coarse[some], (z, y, x), spacing)
+            seen = rearrange(seen, "b n k z y x -> b n (z y x) k")
+            place = self.place.expand(*seen.shape[:2], -1, -1)
+            total = total + self.per_view(torch.cat([seen, place], dim=-1)).sum(1)
         h = total / n  # type: ignore[operator]
         if solved is not None:
-            h = torch.cat([h, rearrange(solved, "b c z y x -> b (z y x) c").to(h)], dim=-1)
-        z, y, x = self.preset.latent_shape[1:]
+            h = torch.cat([h, rearrange(solved.float(), "b c z y x -> b (z y x) c")], dim=-1)
         return rearrange(self.head(self.joint(h)), "b (z y x) c -> b c z y x", z=z, y=y, x=x)

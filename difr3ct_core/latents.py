@@ -79,7 +79,8 @@ def solved(
     }
 
     def solve(xrays: Tensor) -> Tensor:
-        latents = solved_latent(vqgan, xrays, patients.views, preset)
+        batch = 16 if xrays.device.type == "cpu" else 128
+        latents = solved_latent(vqgan, xrays, patients.views, preset, batch)
         assert latents is not None
         return latents
 

@@ -218,7 +218,9 @@ class Preset:
     any_view: AnyViewPreset = field(default_factory=AnyViewPreset)
     initial: InitialPreset = field(default_factory=InitialPreset)
     # Of the initial network: one patient a step, because a sine network learns by many small steps.
-    train_initial: TrainPreset = field(default_factory=lambda: TrainPreset(steps=6000, batch_size=1, lr=3e-4))
+    train_initial: TrainPreset = field(
+        default_factory=lambda: TrainPreset(steps=6000, batch_size=1, lr=3e-4, precision="fp32")
+    )
     book: BookPreset = field(default_factory=BookPreset)
 
     @property
@@ -326,7 +328,8 @@ PRESETS: dict[str, Preset] = {
         cohort=CohortPreset(n_train=768, n_val=32, n_test=32, draw_size=64),
         vqgan=VQGANPreset(base_channels=16, codebook_size=4096),
         fusion=FusionPreset(widths=(32, 64, 96, 96), out_channels=32),
-        unet=UNetPreset(widths=(32, 96, 128), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
+        # Six of these models and their autoencoder ship within 60 MB.
+        unet=UNetPreset(widths=(32, 80, 96), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
         diffusion=DiffusionPreset(prediction="v"),
         sampling=SamplingPreset(n_samples=4),
         book=BookPreset(patients=8, few=2, samples=8),

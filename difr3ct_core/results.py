@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import os
 import platform
 import resource
 import secrets
@@ -31,7 +32,10 @@ _START = time.monotonic()
 
 @functools.cache
 def git_commit() -> str:
-    """Commit of the source tree, with "+changes" if the library's files differ from it; "unknown" outside git."""
+    """Commit of the source tree, with "+changes" if the library's files differ from it.
+
+    Outside git, what the variable DIFR3CT_COMMIT says (set it where an image or an archive is made); else "unknown".
+    """
     root = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -42,7 +46,7 @@ def git_commit() -> str:
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("DIFR3CT_COMMIT", "unknown")
 
 
 def device_name(device: torch.device | str = "cpu") -> str:

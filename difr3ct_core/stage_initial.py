@@ -55,7 +55,7 @@ def train_initial(
     if not preset.initial.network:
         raise InputError(f"initial.network: is false in preset {preset.name!r}; set it to true to train one.")
     if any_view:
-        train = train.at_angles(fan_angles(preset), preset.xray)
+        train = train.at_angles(fan_angles(preset), preset.xray, device=device)
     folder = Path(folder)
     path = folder / "weights.safetensors"
     settings = preset.train_initial

@@ -340,7 +340,7 @@ def train_ldm(
             none.
     """
     if any_view:
-        train = train.at_angles(fan_angles(preset), preset.xray)
+        train = train.at_angles(fan_angles(preset), preset.xray, device=device)
     folder = Path(folder)
     path = folder / "weights.safetensors"
     settings = preset.train_ldm

@@ -279,8 +279,7 @@ def _require_finite(folder: Path, what: str, value: float, settings: TrainPreset
 @torch.no_grad()
 def _update_average(average: nn.Module, module: nn.Module, decay: float, step: int) -> None:
     decay = min(decay, (1 + step) / (10 + step))  # a short memory at first, or the random start would linger
-    for slow, fast in zip(average.parameters(), module.parameters(), strict=True):
-        slow.lerp_(fast, 1 - decay)
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)  # one call, not hundreds
     # The buffers are copied: the codes are moving averages already, and their use is counted, not learned.
     for slow, fast in zip(average.buffers(), module.buffers(), strict=True):
         slow.copy_(fast)

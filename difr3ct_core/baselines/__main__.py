@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--stop-after", type=int, help="leave after so many steps; the next call goes on")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the training")
+    parser.add_argument("--weights", type=Path, help="run folder or weights of the same method to begin with")
     parser.add_argument("--score", choices=("none", "val", "test"), default="val", help="patients (default val)")
     parser.add_argument("--patients", type=int, default=16, help="at most so many (default 16)")
     options = parser.parse_args(arguments)
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         processes.connect()
         device = str(processes.own_device(pick_device(options.device)))
         chapter = open_cohort(options.preset, options.cohort, options.data, options.run, options.seed, device)
-        ready = method.prepare(chapter, options.views, Options(options.stop_after, options.set))
+        ready = method.prepare(chapter, options.views, Options(options.stop_after, options.set, options.weights))
         if options.score == "none" or options.stop_after is not None or processes.rank() > 0:
             return 0
         patients = chapter.patients(options.score, options.views)

@@ -26,6 +26,7 @@ from ..presets import Preset
 from ..results import provenance
 from ..stages import _finished, _numbers
 from ..training import Opponent, fit
+from ..weights import state_digest, training_history
 from .presets import settings_from_dict
 
 
@@ -110,6 +111,7 @@ def train_network(
     seed: int = 0,
     device: str | torch.device = "cpu",
     stop_after: int | None = None,
+    start: str | Path | None = None,
 ) -> B:
     """The baseline of ``folder``: loaded if finished with the same numbers, else trained, else resumed.
 
@@ -121,9 +123,11 @@ def train_network(
         seed: of initial weights, batches and noise.
         device: where to train.
         stop_after: leave after so many steps of this call; the model returned is then unfinished.
+        start: run folder or weights of the same baseline for the same views, of another cohort, say, to begin with;
+            by default random weights.
 
     Raises:
-        InputError: views for which this baseline does not exist.
+        InputError: views for which this baseline does not exist, or ``start`` is of another kind or shape.
     """
     path = Path(folder) / "weights.safetensors"
     training = settings.training
@@ -140,6 +144,11 @@ def train_network(
     }
     torch.manual_seed(seed)
     model = network(preset, settings, train.views)  # also says, before anything else, that the views do not suit it
+    history: list[dict[str, Any]] = []
+    if start is not None:
+        beginning, metadata = load_network(network, start)
+        fingerprint["start"], history = state_digest(beginning), training_history(metadata)
+        load_state(model, beginning.state_dict(), Path(start))
     if _finished(path, fingerprint):
         return load_network(network, path, device)[0]
     model.to(device)
@@ -164,18 +173,15 @@ def train_network(
         None, stop_after, None if critic is None else Opponent(critic, critic.loss),
     )  # fmt: skip
     if stop_after is None and processes.rank() == 0:
-        write_safetensors(
-            path,
-            best.state_dict(),
-            {
-                "kind": network.kind,
-                "preset": preset.to_dict(),
-                "settings": dataclasses.asdict(settings),
-                "views": views_to_json(train.views),
-                "fingerprint": fingerprint,
-                "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
-            },
-        )
+        metadata = {
+            "kind": network.kind,
+            "preset": preset.to_dict(),
+            "settings": dataclasses.asdict(settings),
+            "views": views_to_json(train.views),
+            "fingerprint": fingerprint,
+            "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
+        }
+        write_safetensors(path, best.state_dict(), {**metadata, "history": [*history, *training_history(metadata)]})
     return best  # type: ignore[return-value]
 
 

@@ -55,6 +55,7 @@ class Options:
 
     stop_after: int | None = None  # steps of this call
     changes: Sequence[str] = ()  # fields of the training, such as ``steps=100``
+    start: Path | None = None  # run folder or weights of the same method to begin with
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _network(kind: type[Baseline], title: str, view_sets: Sequence[str] = tuple(
         settings = with_training(getattr(get_baselines(chapter.preset.name), kind.kind), options.changes)
         return train_network(
             kind, chapter.patients("train", view_set), chapter.preset, settings,
-            chapter.run / f"{kind.kind}-{view_set}", chapter.seed, chapter.device, options.stop_after,
+            chapter.run / f"{kind.kind}-{view_set}", chapter.seed, chapter.device, options.stop_after, options.start,
         )  # fmt: skip
 
     def reconstruct(model: Baseline, chapter: Chapter, patients: Patients) -> Tensor:
@@ -102,13 +103,13 @@ def _latent_diffusion(title: str = "DIFR3CT", way: str = "none") -> Method:
     def prepare(chapter: Chapter, view_set: str, options: Options) -> Any:
         if options.changes:
             raise InputError("training: DIFR3CT's own is changed with python -m difr3ct_core.training --set ...")
-        chapter.ldm(view_set, options.stop_after)
+        chapter.ldm(view_set, options.stop_after, options.start)
         if options.stop_after is not None:
             return None  # unfinished: nothing to load
         return load_ldm(chapter.weights(f"ldm-{view_set}"), chapter.device)[:2]
 
     def reconstruct(models: Any, chapter: Chapter, patients: Patients) -> Tensor:
-        ldm, vqgan = models
+        (ldm, vqgan), device = models, chapter.device
         key = (state_digest(ldm), patients.ids, patients.views, chapter.preset.sampling.n_samples, chapter.seed)
         if key not in _last_drawn:
             _last_drawn.clear()
@@ -116,7 +117,8 @@ def _latent_diffusion(title: str = "DIFR3CT", way: str = "none") -> Method:
         drawn = _last_drawn[key]
         if way != "none":
             pairs = zip(drawn, patients.xrays, strict=True)
-            drawn = torch.stack([correct(s, p, patients.views, chapter.preset, way) for s, p in pairs])
+            moved = [correct(s.to(device), p.to(device), patients.views, chapter.preset, way) for s, p in pairs]
+            drawn = torch.stack(moved).cpu()
         return drawn.mean(1, keepdim=True)
 
     return Method(

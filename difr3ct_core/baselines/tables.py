@@ -48,6 +48,7 @@ def measure(
     view_set: str,
     patients: int,
     look: Perceptual | None = None,
+    options: Options | None = None,
 ) -> tuple[dict[str, Any], Int16[np.ndarray, "3 n n"]]:
     """The entry of one method, trained or loaded here, and three slices of the first test patient in HU.
 
@@ -57,6 +58,7 @@ def measure(
         view_set: name of the x-rays.
         patients: at most so many of the test split.
         look: VGG16, for ``perceptual``.
+        options: of the training, where it is not the preset's.
 
     Returns:
         ``{"value": mean PSNR, "unit": "dB", "n", "ids", METRIC: {"mean", "std", "patients"}, ...}`` with the metrics
@@ -68,7 +70,7 @@ def measure(
         InputError: no such method, or not for these views.
     """
     method = get_method(name, view_set)
-    ready = method.prepare(chapter, view_set, Options())
+    ready = method.prepare(chapter, view_set, options or Options())
     test = chapter.patients("test", view_set)
     test = test.take(range(min(len(test), patients)))
     began = time.perf_counter()
@@ -116,7 +118,7 @@ def gather(
         ``COHORT/METHOD/VIEWS`` → entry; ``truth`` and ``METHOD_VIEWS`` → slices of the first test patient.
     """
     cohort = chapter.preset.cohort.cohort
-    look = Perceptual(chapter.vgg16) if chapter.vgg16 is not None else None
+    look = Perceptual(chapter.vgg16).to(chapter.device) if chapter.vgg16 is not None else None
     jobs = [(name, view_set) for view_set in view_sets for name in names if view_set in METHODS[name].view_sets]
     if not jobs:
         raise InputError(f"methods: none of {', '.join(names)} takes {', '.join(view_sets)}; choose other views.")

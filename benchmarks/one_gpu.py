@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""Every model of Tables I and II on one GPU in some minutes, trained beside each other and scored.
+
+    python benchmarks/one_gpu.py --presets lung.json thoracic.json --data DATA --out OUT --lung-s 360 --thoracic-s 125
+
+One process for a method and its views. All start together on ``lung`` and share the GPU for the same time, so their
+budgets are equal in minutes; the tables print how many patients each saw in them. Then every model goes on from there
+on ``thoracic`` for a shorter time (Table II). How many steps fit is reckoned from the first ones, made while all
+processes run, so that every schedule of the learning rate comes to its end.
+
+Writes into ``--out``: ``small-ldm-VIEWS.safetensors`` (bfloat16, with the log), ``tables.json`` and
+``tables_COHORT.npz`` (as ``benchmarks/tables.py``), and ``steps.json``, what was trained for how many steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _results import update_results
+
+from difr3ct_core import training
+from difr3ct_core.baselines.presets import get_baselines
+from difr3ct_core.baselines.registry import METHODS, Options
+from difr3ct_core.baselines.tables import compare, measure, middle_slices
+from difr3ct_core.chapters import Chapter, project_root
+from difr3ct_core.files import read_json, read_npz, write_json, write_npz
+from difr3ct_core.latents import encoded, solved
+from difr3ct_core.presets import VIEW_SETS, Preset, get_preset
+from difr3ct_core.results import device_name
+from difr3ct_core.vqgan_losses import Perceptual
+from difr3ct_core.weights import export_weights
+
+#: What differs from the preset, which CPUs train: larger batches, which a GPU computes in the same time.
+INITIAL = {"batch_size": 8, "lr": 5e-4, "warmup_steps": 100}
+LDM = {"batch_size": 32, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995}
+QUIET = {"checkpoint_every_s": 1e6, "validate_every": 0}
+#: Steps from which the time of one is reckoned, and the share of the time that is then planned for.
+TRIAL, PLANNED = 40, 0.88
+#: Share of DIFR3CT's time that its initial network gets.
+INITIAL_SHARE = 0.45
+#: Learning rates of the second cohort, of the first's.
+SECOND = 0.4
+COMMAND = "python benchmarks/one_gpu.py"
+#: Samples whose mean is scored; 3D Diffusion, in voxels, draws fewer.
+SAMPLES, VOXEL_SAMPLES = 8, 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the processes share."""
+
+    out: Path
+    run: Path
+    data: Path
+    patients: int
+    ends: dict[str, float]  # cohort -> seconds of time.monotonic() at which its training is over
+    smoke: int  # steps of every training, to try it out
+
+
+_stamps: list[float] = []
+
+
+def _clock(steps: Any, *_: Any, **__: Any) -> Iterator[int]:
+    """In the place of a progress bar: remembers when each step began."""
+    _stamps.clear()
+    for step in steps:
+        _stamps.append(time.monotonic())
+        yield step
+
+
+def step_seconds() -> float:
+    """Median time of a step of the last training, its first ones left out."""
+    return float(np.median(np.diff(_stamps[len(_stamps) // 3 :]))) if len(_stamps) > 3 else float("nan")
+
+
+def jobs() -> list[tuple[str, str]]:
+    """(method, views), the longest first."""
+    trained = ("diffusion3d", "x2ctgan", "difr3ct", "inrr3ct")
+    return [(name, views) for name in trained for views in METHODS[name].view_sets] + [("difr3ct", "any"), ("naf", "")]
+
+
+class Job:
+    """One process: one method and its views on both cohorts."""
+
+    def __init__(self, name: str, views: str, chapters: dict[str, Chapter], plan: Plan) -> None:
+        self.name, self.views, self.chapters, self.plan = name, views, chapters, plan
+        self.done: dict[str, Any] = {}
+
+    def train(self, cohort: str, stage: str, seconds: float, work: Callable[[int, int | None], Any]) -> None:
+        """Train a stage for about so many seconds; ``work(steps, stop_after)`` trains."""
+        began = time.monotonic()
+        steps = self.plan.smoke
+        if not steps:
+            work(10**6, TRIAL)  # set aside by the training that follows, which has other numbers
+            rest = seconds - (time.monotonic() - began)
+            steps = max(TRIAL, round(PLANNED * rest / step_seconds() / 10) * 10)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        work(steps, None)
+        self.done[f"{cohort}/{self.name}/{self.views}/{stage}"] = {
+            "steps": steps,
+            "seconds": round(time.monotonic() - began, 1),
+            "step_s": round(step_seconds(), 5),
+        }
+
+    def run(self) -> None:
+        """Both cohorts, one after the other."""
+        torch.backends.cudnn.benchmark = True
+        torch.set_num_threads(1)
+        training.progress = _clock
+        for cohort, chapter in self.chapters.items():
+            if self.name == "naf":
+                for views in VIEW_SETS:
+                    self.score(cohort, "naf", views, Options())
+                continue
+            if self.views == "any" and cohort != "lung":
+                return
+            start = self.chapters["lung"].run if cohort != "lung" else None
+            options = Options()
+            if self.name == "difr3ct":
+                self.latent_diffusion(cohort, chapter, start)
+            else:
+                options = self.baseline(cohort, chapter, start)
+            if self.views != "any":
+                for name in (self.name, "difr3ct_tv") if self.name == "difr3ct" else (self.name,):
+                    self.score(cohort, name, self.views, options)
+            write_json(self.plan.run / "done" / f"{self.name}-{self.views}.json", self.done)
+
+    def left(self, cohort: str) -> float:
+        """Seconds until the training on this cohort must be over."""
+        return max(5.0, self.plan.ends[cohort] - time.monotonic())
+
+    def latent_diffusion(self, cohort: str, chapter: Chapter, start: Path | None) -> None:
+        """Initial network and diffusion model; exported if it is the first cohort's."""
+        rate = 1.0 if start is None else SECOND
+        begin = start / f"ldm-{self.views}" if start else None
+        preset = chapter.preset
+        if self.views == "any":  # other views every step, too many to solve each time
+            preset = preset.replace(initial={"solver": "none"})
+        else:
+            train, vqgan = chapter.patients("train", self.views), chapter.vqgan()
+            encoded(train, vqgan.to(chapter.device), chapter.run / "latents")
+            solved(train, vqgan, preset, chapter.run / "latents", chapter.device)
+
+        def initial(steps: int, stop_after: int | None) -> None:
+            first = {**INITIAL, **QUIET, "steps": steps, "lr": rate * INITIAL["lr"]}
+            chapter.preset = preset.replace(train_initial=first)
+            chapter.initial(self.views, stop_after, begin)
+
+        def ldm(steps: int, stop_after: int | None) -> None:
+            second = {**LDM, **QUIET, "steps": steps, "lr": rate * LDM["lr"]}
+            chapter.preset = chapter.preset.replace(train_ldm=second)
+            chapter.ldm(self.views, stop_after, begin)
+
+        self.train(cohort, "initial", INITIAL_SHARE * self.left(cohort), initial)
+        self.train(cohort, "ldm", self.left(cohort), ldm)
+        if start is None:
+            name = f"small-ldm-{self.views}"
+            made = self.plan.run / "export" / f"{name}.safetensors"
+            folder = chapter.run / f"ldm-{self.views}"
+            export_weights(folder, made, autoencoder=made.with_name("small-vqgan.safetensors"))
+            shutil.copy(made, self.plan.out / made.name)
+            shutil.copy(folder / "log.csv", self.plan.run / "export" / f"{name}.csv")
+            shutil.copy(chapter.run / f"initial-{self.views}" / "log.csv", made.with_name(f"{name}-initial.csv"))
+
+    def baseline(self, cohort: str, chapter: Chapter, start: Path | None) -> Options:
+        """A network of its own; returns with which options it was trained."""
+        rate = getattr(get_baselines("small"), self.name).training.lr * (1.0 if start is None else SECOND)
+        begin = start / f"{self.name}-{self.views}" if start else None
+        options = Options()
+
+        def work(steps: int, stop_after: int | None) -> None:
+            nonlocal options
+            options = Options(stop_after, [f"steps={steps}", "checkpoint_every_s=1e6", f"lr={rate}"], begin)
+            METHODS[self.name].prepare(chapter, self.views, options)
+
+        self.train(cohort, "train", self.left(cohort), work)
+        return options
+
+    def score(self, cohort: str, name: str, views: str, options: Options) -> None:
+        """One row of a table."""
+        chapter, out = self.chapters[cohort], self.plan.out
+        chapter.preset = chapter.preset.replace(
+            sampling={"n_samples": VOXEL_SAMPLES if name == "diffusion3d" else SAMPLES}
+        )
+        look = Perceptual(chapter.vgg16).to(chapter.device) if chapter.vgg16 is not None else None
+        entry, slices = measure(chapter, name, views, self.plan.patients, look, options)
+        if name in ("difr3ct", "difr3ct_tv", "diffusion3d"):
+            entry["samples"] = chapter.preset.sampling.n_samples
+        key = f"{cohort}/{name}/{views}"
+        update_results(out / "tables.json", {key: entry}, COMMAND, device_name(chapter.device))
+        write_npz(self.plan.run / "slices" / f"{cohort}_{name}_{views}.npz", slices=slices)
+        print(f"{time.monotonic() - _began:6.1f} s  {key:34s} {entry['value']:6.2f} dB", flush=True)
+
+
+_began = time.monotonic()
+
+
+def _work(name: str, views: str, chapters: dict[str, Chapter], plan: Plan) -> None:
+    log = open(plan.run / "done" / f"{name}-{views}.log", "w")  # noqa: SIM115
+    sys.stderr = log
+    try:
+        Job(name, views, chapters, plan).run()
+    except BaseException:
+        print(f"{name}/{views}: {traceback.format_exc()}", flush=True)
+        raise
+
+
+def open_chapters(run: Path, data: Path, presets: dict[str, Preset], device: str) -> dict[str, Chapter]:
+    """Both cohorts, their patients read before the processes part, who then share the memory."""
+    chapters = {}
+    for cohort, preset in presets.items():
+        # The device is named, not touched: a process that has begun to use a GPU must not fork.
+        chapters[cohort] = Chapter("tables", preset, data, run / preset.name, 0, torch.device(device))
+        for split in ("train", "val", "test"):
+            chapters[cohort].patients(split)
+    return chapters
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", type=Path, nargs=2, required=True, help="JSON files: lung, thoracic")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the cohorts of these presets")
+    parser.add_argument("--run", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--lung-s", type=float, default=360)
+    parser.add_argument("--thoracic-s", type=float, default=150)
+    parser.add_argument("--grace-s", type=float, default=60, help="for the last scores")
+    parser.add_argument("--patients", type=int, default=16)
+    parser.add_argument("--smoke", type=int, default=0, metavar="STEPS", help="try everything with so few steps")
+    parser.add_argument("--only", nargs="+", help="jobs such as difr3ct/2view (default: all)")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    for folder in (options.out, *(options.run / name for name in ("done", "export", "slices"))):
+        folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(project_root() / "pretrained" / "small-vqgan.safetensors", options.run / "export")
+    presets = {name: get_preset(str(path)) for name, path in zip(("lung", "thoracic"), options.presets, strict=True)}
+    chapters = open_chapters(options.run, options.data, presets, options.device)
+    chosen = [job for job in jobs() if options.only is None or "/".join(job) in options.only]
+    now = time.monotonic()
+    ends = {"lung": now + options.lung_s, "thoracic": now + options.lung_s + options.thoracic_s}
+    plan = Plan(options.out, options.run, options.data, options.patients, ends, options.smoke)
+    print(f"{now - _began:6.1f} s  data read, {len(chosen)} processes start", flush=True)
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=_work, args=(*job, chapters, plan), daemon=True) for job in chosen]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(max(0.0, ends["thoracic"] + options.grace_s - time.monotonic()))
+    late = [job for job, process in zip(chosen, running, strict=True) if process.is_alive()]
+    for process in running:
+        process.terminate()
+    done = {}
+    for path in sorted((options.run / "done").glob("*.json")):
+        done |= read_json(path)
+    write_json(options.out / "steps.json", done)
+    for cohort, chapter in chapters.items():
+        shown = {"truth": middle_slices(chapter.patients("test").hu[0])}
+        for path in sorted((options.run / "slices").glob(f"{cohort}_*.npz")):
+            shown[path.stem.removeprefix(f"{cohort}_")] = read_npz(path)["slices"]
+        write_npz(options.out / f"tables_{cohort}.npz", **shown)
+        if (options.out / "tables.json").exists():
+            of_cohort = {k: v for k, v in read_json(options.out / "tables.json").items() if k.startswith(f"{cohort}/")}
+            if tested := compare(of_cohort):
+                update_results(options.out / "tables.json", tested, "", measured=False)
+    failed = [job for job, process in zip(chosen, running, strict=True) if process.exitcode not in (0, -15)]
+    print(f"{time.monotonic() - _began:6.1f} s  late: {late}; failed: {failed}", flush=True)
+    print(json.dumps(done))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
