@@ -82,7 +82,7 @@ def _clock(steps: Any, *_: Any, **__: Any) -> Iterator[int]:
 
 def step_seconds() -> float:
     """Median time of a step of the last training, its first ones left out."""
-    return float(np.median(np.diff(_stamps[len(_stamps) // 3 :]))) if len(_stamps) > 3 else float("nan")
+    return float(np.median(np.diff(_stamps[len(_stamps) // 3 :]))) if len(_stamps) > 1 else 0.0
 
 
 def jobs() -> list[tuple[str, str]]:
@@ -218,12 +218,19 @@ def _work(name: str, views: str, chapters: dict[str, Chapter], plan: Plan) -> No
         raise
 
 
+class OwnModels(Chapter):
+    """The autoencoder ships; whatever else ships with the project is trained here all the same."""
+
+    def weights(self, model: str) -> Path:
+        return super().weights(model) if model == "vqgan" else self.run / model
+
+
 def open_chapters(run: Path, data: Path, presets: dict[str, Preset], device: str) -> dict[str, Chapter]:
     """Both cohorts, their patients read before the processes part, who then share the memory."""
-    chapters = {}
+    chapters: dict[str, Chapter] = {}
     for cohort, preset in presets.items():
         # The device is named, not touched: a process that has begun to use a GPU must not fork.
-        chapters[cohort] = Chapter("tables", preset, data, run / preset.name, 0, torch.device(device))
+        chapters[cohort] = OwnModels("tables", preset, data, run / preset.name, 0, torch.device(device))
         for split in ("train", "val", "test"):
             chapters[cohort].patients(split)
     return chapters

@@ -5,8 +5,7 @@
 
 The training loop is the real one (:func:`difr3ct_core.training.fit`), with fusion, denoiser, Adam and the moving
 average; latents and x-rays are noise, of which the time does not depend. The paper: 868 volumes x 500 epochs in 4 days
-on an A100, 1.26 volumes a second. Writes ``h200_ldm_volumes_per_s`` (named after the GPU) and ``paper_*`` into
-``results/models.json``.
+on an A100, 1.26 volumes a second. Writes ``h200_ldm_volumes_per_s`` (named after the GPU) into ``results/models.json``.
 """
 
 from __future__ import annotations
@@ -84,9 +83,9 @@ def main() -> int:
             print(f"batch {batch}: {rows[str(batch)]}", flush=True)
     best = max(rows, key=lambda batch: rows[batch]["volumes_per_s"])
     figure = {"value": rows[best]["volumes_per_s"], "unit": "volumes/s", "batch": int(best), "by_batch": rows}
-    figure["compiled"] = options.compile
+    figure |= {"preset": options.preset, "compiled": options.compile}
     command = " ".join(["python benchmarks/throughput.py", *sys.argv[1:]])
-    update_results(options.out, {f"{name}_{options.preset}_ldm_volumes_per_s": figure}, command, device_name("cuda"))
+    update_results(options.out, {f"{name}_ldm_volumes_per_s": figure}, command, device_name("cuda"))
     return 0
 
 

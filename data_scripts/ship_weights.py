@@ -36,6 +36,7 @@ def settings_of(stage: str, preset: dict[str, Any]) -> str:
     for section, mark in (
         (f"train_{stage}", ""),
         *([("initial", "initial."), ("train_initial", "train_initial.")] if stage == "ldm" else []),
+        ("cohort", "cohort."),
     ):
         changed = {k: v for k, v in preset.get(section, {}).items() if usual[section].get(k) != v}
         words += [f"{mark}{name}={json.dumps(value)}" for name, value in changed.items()]
@@ -74,7 +75,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         preset=preset["name"], views=model.removeprefix("ldm-"), settings=settings_of(stage, preset)
     )
     if "start" in metadata["fingerprint"]:
-        command += f" --weights pretrained/{preset['name']}-ldm-any.safetensors"
+        command += " --weights START"
     size, initial = preset["volume"]["size"], preset.get("initial", {})
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
     if preset["vqgan"].get("image_gan_weight") or metadata.get("perceptual"):
@@ -105,7 +106,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         "## Limits", "",
         "For research and teaching, not for clinical use. Trained on phantoms: a real chest has texture and shapes "
         "that they lack, and the figures on LIDC-IDRI-0001 show the gap. Parallel beam without noise. Trained for "
-        "minutes to an hour on two CPU cores: more training improves it.", "",
+        "minutes, not for days: more training improves it.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ All of them work on the samples after decoding, so that any model's samples can 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -90,8 +91,8 @@ def correct(
     preset: Preset,
     method: str = "tv",
     iterations: int | None = None,
-    tv_weight_mm: float = 0.002,
-    prior_weight_mm: float = 0.2,
+    tv_weight_mm: float = 0.0005,
+    prior_weight_mm: float = 0.1,
     batch: int = 8,
 ) -> Float[Tensor, "s z y x"]:
     """Samples moved to agree with their x-rays.
@@ -104,10 +105,11 @@ def correct(
         method: one of :data:`METHODS`, see the table above; "spread" takes the variance over these samples.
         iterations: by default 15 for "lsq" and "spread", 40 for "tv".
         tv_weight_mm, prior_weight_mm: of :func:`difr3ct_core.baselines.classical.tv`, chosen on validation phantoms at
-            64³; the first is half of what suits the solver alone, for a sample is no blank page. The latter is the
+            64³; the first is an eighth of what suits the solver alone, for a sample is no blank page. The latter is the
             weight of a voxel of average variance; from two samples on, others have it in inverse proportion to their
             variance, as the precision of a Gaussian prior has, and all of them fall as :func:`overconfidence` rises
-            above what is usual: a prior that is shown to be wrong has the larger variance.
+            above what is usual: a prior that is shown to be wrong has the larger variance, and errors of a larger
+            deviation want the total variation raised in proportion.
         batch: samples corrected together.
 
     Returns:
@@ -130,7 +132,8 @@ def correct(
         variance = deviation.square()
         hold = prior_weight_mm * variance.mean() / (variance + 0.1 * variance.mean())
         if method == "tv":
-            hold = hold / max(1.0, overconfidence(samples, xrays, views, preset) / USUAL_OVERCONFIDENCE)
+            doubt = max(1.0, overconfidence(samples, xrays, views, preset) / USUAL_OVERCONFIDENCE)
+            hold, tv_weight_mm = hold / doubt, tv_weight_mm * math.sqrt(doubt)
     parts = []
     for some in mu.split(batch):
         images = xrays.to(some).expand(len(some), -1, -1, -1)

@@ -48,7 +48,7 @@ def _kept(cache: Path, key: dict[str, Any], compute: Callable[[], Tensor]) -> Te
     latents = compute().cpu()
     if processes.rank() == 0:
         write_safetensors(path, {"latents": latents}, {"key": key})
-        for old in cache.glob("*.safetensors"):
+        for old in cache.glob("[!.]*.safetensors"):  # a name with a dot is what another training is writing just now
             if not old.name.startswith(key["autoencoder"]):
                 old.unlink(missing_ok=True)
     return latents

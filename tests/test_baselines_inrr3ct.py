@@ -17,6 +17,7 @@ from difr3ct_core.files import InputError
 from difr3ct_core.geometry import standard_views
 from difr3ct_core.implicit import SineLayers, fourier_features, sample_features
 from difr3ct_core.presets import TrainPreset
+from difr3ct_core.weights import training_history
 
 VIEWS = preset_views(SMALL, "4view")
 
@@ -150,6 +151,26 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
     parts = train_network(INRR3CT, four, SMALL, INRR3CT_SMALL, tmp_path / "parts")
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_training_begins_with_given_weights(tmp_path):
+    four = patients(4).with_views("2view")
+    first = train_network(INRR3CT, four, SMALL, INRR3CT_SMALL, tmp_path / "first")
+    still = dataclasses.replace(INRR3CT_SMALL, training=dataclasses.replace(INRR3CT_SMALL.training, lr=0.0))
+    other = patients(4, seed=5).with_views("2view")
+    kept = train_network(INRR3CT, other, SMALL, still, tmp_path / "kept", start=tmp_path / "first")
+    for a, b in zip(first.parameters(), kept.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # What it began with counts towards what it cost; to use it later nobody need say what that was.
+    history = training_history(load_network(INRR3CT, tmp_path / "kept")[1])
+    assert [h["steps"] for h in history] == [INRR3CT_SMALL.training.steps] * 2
+    again = train_network(INRR3CT, other, SMALL, still, tmp_path / "kept")
+    assert torch.equal(again.reconstruct(other.xrays[:1]), kept.reconstruct(other.xrays[:1]))
+    with pytest.raises(InputError, match="no such file"):
+        train_network(INRR3CT, other, SMALL, still, tmp_path / "none", start=tmp_path / "nothing")
+    with pytest.raises(InputError, match="do not fit INRR3CT"):
+        wider = dataclasses.replace(INRR3CT_SMALL, width=48)
+        train_network(INRR3CT, other, SMALL, wider, tmp_path / "wide", start=tmp_path / "first")
 
 
 def test_bad_input(tmp_path):

@@ -39,6 +39,18 @@ def test_figures_merge_and_remember_their_own_command(update_results, tmp_path):
     assert {"python", "torch", "numpy", "difr3ct-core"} == set(origin["versions"])
 
 
+def test_a_figure_that_gets_something_added_stays_from_where_it_was(update_results, tmp_path):
+    path = tmp_path / "bench.json"
+    update_results(path, {"a": {"value": 1.0, "unit": "dB"}}, "make first", device="GPU Y")
+    more = {"a": {"value": 1.0, "unit": "dB", "p": 0.1}, "b": {"value": 2.0, "unit": "dB"}}
+    update_results(path, more, "make second", measured=False)
+    content = json.loads(path.read_text())
+    assert content["a"]["p"] == 0.1
+    keys = content["provenance"]["keys"]
+    assert (keys["a"]["command"], keys["a"]["device"]) == ("make first", "GPU Y")
+    assert keys["b"]["command"] == "make second"  # it was not there before
+
+
 @pytest.mark.parametrize(
     "figures",
     [

@@ -136,6 +136,21 @@ def test_samples_of_another_patient_are_trusted_less(monkeypatch):
     assert residuals[0] < 0.1 * residuals[1]
 
 
+def test_doubt_moves_weight_from_the_prior_to_the_total_variation(monkeypatch):
+    """A prior of d times the variance holds 1/d as much, and errors of √d times the deviation want √d times the TV."""
+    _, samples, xrays = case()
+    sure = samples[:1] + 0.02 * (samples - samples.mean(0))
+    doubt = overconfidence(sure, xrays, VIEWS, SMALL) / consistency.USUAL_OVERCONFIDENCE
+    seen = []
+    monkeypatch.setattr(consistency, "tv", lambda *a, **k: seen.append(k) or k["prior"])
+    correct(sure, xrays, VIEWS, SMALL)
+    monkeypatch.setattr(consistency, "USUAL_OVERCONFIDENCE", float("inf"))
+    correct(sure, xrays, VIEWS, SMALL)
+    doubted, trusted = seen
+    torch.testing.assert_close(doubted["prior_weight_mm"] * doubt, trusted["prior_weight_mm"])
+    assert doubted["weight_mm"] == pytest.approx(trusted["weight_mm"] * math.sqrt(doubt))
+
+
 def test_no_correction_is_no_change():
     _, samples, xrays = case()
     assert correct(samples, xrays, VIEWS, SMALL, "none") is samples

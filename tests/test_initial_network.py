@@ -74,6 +74,17 @@ def test_gradient_reaches_every_parameter():
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_a_training_in_half_precision_leaves_its_sines_whole():
+    torch.manual_seed(0)
+    network, views = InitialNetwork(SOLVED), preset_views(SMALL, "2view")
+    xrays, solved = torch.rand(2, 2, 16, 16), torch.randn(2, *SMALL.latent_shape)
+    whole = network(xrays, views, solved)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(xrays, views, solved.bfloat16().float()), network(xrays, views, solved.bfloat16()))
+        half = network(xrays, views, solved)
+    assert half.dtype == torch.float32 and torch.equal(half, whole)
+
+
 def test_it_fits_patients_from_one_x_ray(tmp_path, vqgan):
     """Depth along the ray is what one x-ray does not show and position must give."""
     some = patients(3).with_views("1view_frontal")

@@ -102,7 +102,7 @@ def test_the_card_tells_what_is_special(shipped):
     metadata["preset"]["initial"] = {"solver": "tv_body", "iterations": 60}
     card = ship_weights.card("ldm-2view", metadata, 1.0, shipped / "nothing.json", "It was interrupted once.")
     for words in ("- **How it went**: It was interrupted once.", "`tv_body`, 60 iterations", "initial.iterations=60",
-                  "--weights pretrained/tiny-ldm-any.safetensors`", "Not measured yet"):  # fmt: skip
+                  "--weights START`", "Not measured yet"):  # fmt: skip
         assert words in card, words
 
 

@@ -236,6 +236,16 @@ def test_other_patients_another_autoencoder_or_damage_are_encoded_anew(runs, tmp
     assert len(list(tmp_path.iterdir())) == 1  # those of the autoencoder that is gone are gone
 
 
+def test_what_another_training_is_writing_is_left_alone(runs, tmp_path):
+    vqgan = load_vqgan(runs / "vqgan")[0]
+    half = tmp_path / ".0123-other.tmp.safetensors"
+    half.write_bytes(b"half")
+    old = tmp_path / "0123-old.safetensors"
+    old.write_bytes(b"of an autoencoder that is gone")
+    encoded(patients(), vqgan, tmp_path)
+    assert half.exists() and not old.exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_exported_weights_are_half_as_large_and_nearly_the_same(runs, tmp_path, dtype):
     size = export_weights(runs / "2view", tmp_path / "small.safetensors", dtype)

@@ -146,5 +146,7 @@ def shipped_tables(
     entries = {key: entry for key, entry in content.items() if entry["preset"].partition("-")[0] == preset}
     if not any(key.startswith("lung/") for key in entries):
         return None
-    measured = {"command": "python benchmarks/tables.py", "device": origin["device"]}
+    keys = origin.get("keys", {})
+    devices = dict.fromkeys(keys[key]["device"] for key in entries if key in keys) or [origin["device"]]
+    measured = {"command": "python benchmarks/tables.py", "device": " and ".join(devices)}
     return entries, read_npz(Path(folder) / "tables_lung.npz"), measured
