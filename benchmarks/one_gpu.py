@@ -197,8 +197,6 @@ class Job:
         )
         look = Perceptual(chapter.vgg16).to(chapter.device) if chapter.vgg16 is not None else None
         entry, slices = measure(chapter, name, views, self.plan.patients, look, options)
-        if name in ("difr3ct", "difr3ct_tv", "diffusion3d"):
-            entry["samples"] = chapter.preset.sampling.n_samples
         key = f"{cohort}/{name}/{views}"
         update_results(out / "tables.json", {key: entry}, COMMAND, device_name(chapter.device))
         write_npz(self.plan.run / "slices" / f"{cohort}_{name}_{views}.npz", slices=slices)

@@ -43,8 +43,6 @@ from difr3ct_core.training import TrainingError
 from difr3ct_core.vqgan_losses import Perceptual
 
 RESULTS = Path(__file__).parent / "results" / "tables.json"
-#: Methods that draw samples.
-SAMPLERS = ("difr3ct", "difr3ct_tv", "diffusion3d")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,8 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
                         print(f"{cohort}/{name}/{view_set}: not trained, left out")
                         continue
                     entry, pictures = measure(chapter, name, view_set, options.patients, look)
-                    if name in SAMPLERS:
-                        entry["samples"] = chapter.preset.sampling.n_samples
                     key = f"{cohort}/{name}/{view_set}"
                     print(f"{key:34s} {entry['value']:6.2f} dB  SSIM {entry['ssim']['mean']:.3f}", flush=True)
                     device = device_name(chapter.device)

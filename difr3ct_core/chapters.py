@@ -150,7 +150,7 @@ class Chapter:
         if (path := self.weights(f"ldm-{view_set}")).suffix:
             return load_ldm(path, self.device)[0]
         any_view = view_set == "any"
-        vqgan = self.vqgan() if start is None or (self.run / "vqgan").exists() else load_ldm(start, self.device)[1]
+        vqgan = self._autoencoder(start)
         network, finished = None, (self.run / f"ldm-{view_set}" / "weights.safetensors").exists()
         if self.preset.initial.network and ((self.run / f"initial-{view_set}").exists() or not (start or finished)):
             self.initial(view_set, start=start)
@@ -161,17 +161,20 @@ class Chapter:
             network,
         )  # fmt: skip
 
+    def _autoencoder(self, start: str | Path | None) -> VQGAN:
+        """The run's own; where it has none and a training begins with weights, theirs."""
+        if start is None or (self.run / "vqgan").exists():
+            return self.vqgan()
+        return load_ldm(start, self.device)[1]
+
     def initial(self, view_set: str, stop_after: int | None = None, start: str | Path | None = None) -> InitialNetwork:
         """The initial network for a set of views, or "any", finished or trained now; see :meth:`ldm`.
 
         ``start``: weights of a diffusion model; a training begins with its initial network, if it has one.
         """
-        any_view, beginning, vqgan = view_set == "any", None, None
-        if start is not None:
-            model, vqgan, *_ = load_ldm(start, self.device)
-            beginning = model.initial_network
-        if vqgan is None or (self.run / "vqgan").exists():
-            vqgan = self.vqgan()
+        any_view = view_set == "any"
+        beginning = None if start is None else load_ldm(start, self.device)[0].initial_network
+        vqgan = self._autoencoder(start)
         return train_initial(
             self.patients("train", None if any_view else view_set), vqgan, self.preset,
             self.run / f"initial-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"),

@@ -43,3 +43,9 @@ def trained(folder: Path, view_set: str = "2view", preset: Preset = SMALL) -> Pa
     vqgan = train_vqgan(train, preset, folder / "vqgan")
     train_ldm(train.with_views(view_set), vqgan, preset, folder / view_set)
     return folder / view_set
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Have two modules the same weights, bit for bit?"""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import SMALL, patients
+from small_models import SMALL, patients, same
 
 from difr3ct_core import ct, reconstruct
 from difr3ct_core.baselines.classical import tv_body
@@ -25,10 +25,6 @@ SOLVED = SMALL.replace(initial={"solver": "tv_body", "iterations": 8})
 @pytest.fixture(scope="module")
 def vqgan(tmp_path_factory):
     return train_vqgan(patients(), SMALL, tmp_path_factory.mktemp("initial") / "vqgan")
-
-
-def same(one, other) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def test_the_initial_volume_is_the_solvers_in_the_window():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import SMALL, patients
+from small_models import SMALL, patients, same
 
 from difr3ct_core import reconstruct
 from difr3ct_core.checkpoints import read_log
@@ -26,10 +26,6 @@ SOLVED = ALONE.replace(initial={"solver": "tv_body", "iterations": 4})
 @pytest.fixture(scope="module")
 def vqgan(tmp_path_factory):
     return train_vqgan(patients(), SMALL, tmp_path_factory.mktemp("network") / "vqgan")
-
-
-def same(one, other) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("mode", ["parallel", "cone"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import SMALL, patients, trained
+from small_models import SMALL, patients, same, trained
 
 from difr3ct_core import stages
 from difr3ct_core.files import InputError, read_safetensors, write_safetensors
@@ -30,10 +30,6 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(runs, tmp_path) -> Path:
     return Path(shutil.copytree(runs, tmp_path / "runs"))
-
-
-def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    return state_digest(a) == state_digest(b)
 
 
 def no_training(monkeypatch):

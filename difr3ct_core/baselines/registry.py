@@ -68,6 +68,7 @@ class Method:
         reconstruct: (that, chapter, patients with those views) -> volumes (b, 1, z, y, x) in [-1, 1] on the CPU.
         view_sets: for which it exists.
         models: run folders of its models, by name of the set of views; empty for what is not trained.
+        draws: scores the mean of as many posterior samples as the preset says.
         reuses: takes the samples of another row where that was just made, so that its time means nothing.
     """
 
@@ -76,6 +77,7 @@ class Method:
     reconstruct: Callable[[Any, Chapter, Patients], Float[Tensor, "b 1 z y x"]]
     view_sets: tuple[str, ...] = tuple(VIEW_SETS)
     models: Callable[[str], tuple[str, ...]] = field(default=lambda view_set: ())
+    draws: bool = False
     reuses: bool = False
 
 
@@ -90,7 +92,8 @@ def _network(kind: type[Baseline], title: str, view_sets: Sequence[str] = tuple(
     def reconstruct(model: Baseline, chapter: Chapter, patients: Patients) -> Tensor:
         return model.reconstruct(patients.xrays, chapter.seed)
 
-    return Method(title, prepare, reconstruct, tuple(view_sets), lambda view_set: (f"{kind.kind}-{view_set}",))
+    draws = kind is VoxelDiffusion
+    return Method(title, prepare, reconstruct, tuple(view_sets), lambda view_set: (f"{kind.kind}-{view_set}",), draws)
 
 
 #: The samples drawn last: the two rows of DIFR3CT are of the same ones.
@@ -122,8 +125,9 @@ def _latent_diffusion(title: str = "DIFR3CT", way: str = "none") -> Method:
         return drawn.mean(1, keepdim=True)
 
     return Method(
-        title, prepare, reconstruct, models=lambda view_set: ("vqgan", f"ldm-{view_set}"), reuses=way != "none"
-    )
+        title, prepare, reconstruct, models=lambda view_set: ("vqgan", f"ldm-{view_set}"), draws=True,
+        reuses=way != "none",
+    )  # fmt: skip
 
 
 def _naf() -> Method:

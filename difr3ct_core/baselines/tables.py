@@ -63,8 +63,8 @@ def measure(
     Returns:
         ``{"value": mean PSNR, "unit": "dB", "n", "ids", METRIC: {"mean", "std", "patients"}, ...}`` with the metrics
         of :data:`difr3ct_core.metrics.SCORES`, those of :func:`.registry.training_cost` where something was trained,
-        and ``sample_seconds`` per patient from the x-rays to the volume, where the method does all of that; and the
-        slices.
+        ``sample_seconds`` per patient from the x-rays to the volume, where the method does all of that, and
+        ``samples``, of how many the mean is scored, where it draws any; and the slices.
 
     Raises:
         InputError: no such method, or not for these views.
@@ -81,6 +81,8 @@ def measure(
     found |= {key: {"mean": value, "std": 0.0} for key, value in once.items()}
     entry = {"value": found["psnr"]["mean"], "unit": "dB", "n": len(test), "ids": list(test.ids), **found}
     entry["preset"] = chapter.preset.name
+    if method.draws:
+        entry["samples"] = chapter.preset.sampling.n_samples
     if isinstance(ready, dict):
         entry["tuned"] = ready
     return entry, middle_slices(unit_to_hu(volumes[0, 0], test.volume))
