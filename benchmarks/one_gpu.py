@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
 """Every model of Tables I and II on one GPU in some minutes, trained beside each other and scored.
 
-    python benchmarks/one_gpu.py --presets lung.json thoracic.json --data DATA --out OUT --lung-s 360 --thoracic-s 125
+    nvidia-cuda-mps-control -d               # lets small kernels of several processes run at once; optional
+    python benchmarks/one_gpu.py --presets small small-thoracic --data data --out OUT --lung-s 375 --thoracic-s 120
+
+The committed run had 2048 instead of 768 patients of ``lung``: a preset as a JSON file with ``cohort.n_train`` changed,
+and its phantoms drawn by ``data_scripts/make_phantoms.py --preset FILE``.
 
 One process for a method and its views. All start together on ``lung`` and share the GPU for the same time, so their
 budgets are equal in minutes; the tables print how many patients each saw in them. Then every model goes on from there
@@ -236,7 +240,7 @@ def open_chapters(run: Path, data: Path, presets: dict[str, Preset], device: str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", type=Path, nargs=2, required=True, help="JSON files: lung, thoracic")
+    parser.add_argument("--presets", nargs=2, required=True, help="of lung and of thoracic: names or JSON files")
     parser.add_argument("--data", type=Path, required=True, help="folder with the cohorts of these presets")
     parser.add_argument("--run", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--lung-s", type=float, default=360)
@@ -251,7 +255,7 @@ def main() -> int:
     for folder in (options.out, *(options.run / name for name in ("done", "export", "slices"))):
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(project_root() / "pretrained" / "small-vqgan.safetensors", options.run / "export")
-    presets = {name: get_preset(str(path)) for name, path in zip(("lung", "thoracic"), options.presets, strict=True)}
+    presets = {name: get_preset(given) for name, given in zip(("lung", "thoracic"), options.presets, strict=True)}
     chapters = open_chapters(options.run, options.data, presets, options.device)
     chosen = [job for job in jobs() if options.only is None or "/".join(job) in options.only]
     now = time.monotonic()

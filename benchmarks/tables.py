@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--shipped", action="store_true", help="DIFR3CT by the weights of pretrained/ where a run has none of its own"
     )
+    parser.add_argument("--no-perceptual", action="store_true", help="leave LPIPS out: minutes a row on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
@@ -79,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
             chapter.shipped = options.shipped
             if options.samples is not None:
                 chapter.preset = chapter.preset.replace(sampling={"n_samples": options.samples})
-            look = Perceptual(chapter.vgg16).to(chapter.device) if chapter.vgg16 is not None else None
+            look = None
+            if chapter.vgg16 is not None and not options.no_perceptual:
+                look = Perceptual(chapter.vgg16).to(chapter.device)
             one = chapter.patients("test").take([0])
             truth = middle_slices(one.hu[0])
             for view_set in options.views:
