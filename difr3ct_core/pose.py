@@ -98,3 +98,30 @@ def recover_views(
         fall.step()
     found = guess.detach().cpu().tolist()
     return tuple(moved_view(view, *values) for view, values in zip(nominal, found, strict=True))
+
+
+def moved_together(views: Sequence[View], reference: Sequence[View]) -> tuple[View, ...]:
+    """``views``, turned about z and shifted *as one* so that they lie as near to ``reference`` as such a motion allows.
+
+    The x-rays of a patient who moved are the x-rays of views that all moved the other way. So nothing can tell this
+    part of a displacement from the patient's own place, and what is left is what pose recovery can answer for.
+
+    Args:
+        views, reference: parallel beam, pairs of the same x-ray; the angle by the mean, the shift by least squares.
+
+    Raises:
+        InputError: cone beam, or not as many views as in the reference.
+    """
+    if len(views) != len(reference) or not views:
+        raise InputError(f"views: found {len(views)}, expected {len(reference)} as in the reference, one or more.")
+    turn = sum(a.angle_deg - b.angle_deg for a, b in zip(views, reference, strict=True)) / len(views)
+    turned = [moved_view(view, -turn, 0.0, 0.0) for view in views]
+    pairs = list(zip(turned, reference, strict=True))
+    shifts = torch.tensor(
+        [[a.offset_mm[1] - b.offset_mm[1], a.offset_mm[0] - b.offset_mm[0]] for a, b in pairs], dtype=torch.float64
+    )
+    axes = torch.stack([torch.stack([view.e_u, view.e_v]) for view in turned]).double()  # (view, uv, xyz)
+    # One view sees no motion along its rays: the smallest motion of those that explain the shifts.
+    motion = torch.linalg.lstsq(axes.flatten(0, 1), shifts.flatten()[:, None], driver="gelsd").solution[:, 0]
+    common = (axes @ motion).tolist()
+    return tuple(moved_view(view, 0.0, -u, -v) for view, (u, v) in zip(turned, common, strict=True))

@@ -12,7 +12,7 @@ from difr3ct_core.drr import project, project_rays
 from difr3ct_core.files import InputError
 from difr3ct_core.geometry import Pose, standard_views
 from difr3ct_core.phantoms import make_phantom
-from difr3ct_core.pose import moved_view, recover_views
+from difr3ct_core.pose import moved_together, moved_view, recover_views
 
 ANGLES = (0.0, 45.0, 90.0)
 SPACING = 10.0
@@ -51,6 +51,45 @@ def test_views_that_are_right_stay(mu):
     for view, goal in zip(recover_views(mu, xrays, views, SPACING, coarse=1), views, strict=True):
         assert view.angle_deg == pytest.approx(goal.angle_deg, abs=0.3)
         assert view.offset_mm == pytest.approx((0.0, 0.0), abs=0.5)
+
+
+def test_a_motion_of_the_patient_is_one_of_all_views():
+    """x-rays of the moved patient = x-rays of views that moved together; and that motion is taken out to rounding."""
+    views = standard_views((0.0, 45.0, 90.0, 120.0), 32, 320.0)
+    motion = torch.tensor([7.0, -4.0, 5.0], dtype=torch.float64)  # x, y, z in mm
+
+    def together(view, turn):
+        turned = moved_view(view, turn, 0.0, 0.0)
+        return moved_view(turned, 0.0, float(turned.e_u.double() @ motion), float(turned.e_v.double() @ motion))
+
+    for view, back in zip(views, moved_together([together(v, 3.0) for v in views], views), strict=True):
+        assert back.angle_deg == pytest.approx(view.angle_deg, abs=1e-9)
+        assert back.offset_mm == pytest.approx(view.offset_mm, abs=1e-5)
+    volume = torch.zeros(1, 1, 32, 32, 32)
+    volume[..., 12:18, 10:19, 13:22] = 0.02
+    shifted = volume.roll((1, -2, 3), (2, 3, 4))  # by z 10, y -20, x 30 mm
+    by = torch.tensor([30.0, -20.0, 10.0], dtype=torch.float64)
+    moved = [moved_view(v, 0.0, -float(v.e_u.double() @ by), -float(v.e_v.double() @ by)) for v in views]
+    expected, found = project(shifted, views, SPACING), project(volume, moved, SPACING)
+    assert float((expected - found).norm() / expected.norm()) < 0.02
+
+
+def test_what_views_do_not_share_stays():
+    views = standard_views(ANGLES, 32, 320.0)
+    off = [
+        moved_view(view, *by)
+        for view, by in zip(views, ((2.0, 5.0, 3.0), (-3.0, 0.0, -6.0), (1.0, -4.0, 3.0)), strict=True)
+    ]
+    rest = moved_together(off, views)
+    assert [a.angle_deg - b.angle_deg for a, b in zip(rest, views, strict=True)] == pytest.approx([2.0, -3.0, 1.0])
+    assert [a.offset_mm[0] - b.offset_mm[0] for a, b in zip(rest, views, strict=True)] == pytest.approx(
+        [3.0, -6.0, 3.0], abs=1e-6
+    )
+    again = moved_together(rest, views)
+    for one, other in zip(again, rest, strict=True):
+        assert one.offset_mm == pytest.approx(other.offset_mm, abs=1e-6)
+    with pytest.raises(InputError, match="views: found 2, expected 3 as in the reference"):
+        moved_together(off[:2], views)
 
 
 def test_bad_input(mu):

@@ -60,6 +60,15 @@ def test_what_nobody_measured_passes(text: str) -> None:
     assert measured_numbers(text) == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".ipynb")])
+def test_no_name_in_the_text_is_given_twice(page: str) -> None:
+    """The pages are built without a warning, and two values of one name are one; this says so before an hour's run."""
+    cells = json.loads((ROOT / page).read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    names = re.findall(r'\bglue\("([^"{}]+)"', code)
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_text_after_the_exercises_counts() -> None:
     assert len(measured_numbers("## Exercises\n\n95 %\n\n## Summary\n\nIt has 27 dB.\n")) == 1
 

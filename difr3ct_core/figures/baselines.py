@@ -150,7 +150,15 @@ def views_side_by_side(result: Result) -> Figure:
                 ax.set_title("truth" if name == "truth" else VIEW_NAMES[name], fontsize=9)
             if key not in result.arrays:
                 ax.set_axis_off()
-                ax.text(0.5, 0.5, "not for these\nviews, or not\ntrained", transform=ax.transAxes, ha="center", va="center", fontsize=8)
+                ax.text(
+                    0.5,
+                    0.5,
+                    "not for these\nviews, or not\ntrained",
+                    transform=ax.transAxes,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                )
                 continue
             image = show_image(ax, _picture(result, key, "coronal"), CT)
             if j == 0:

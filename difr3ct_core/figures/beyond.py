@@ -74,18 +74,18 @@ def acquisition(result: Result) -> Figure:
     """X-rays taken off their places: what it costs, and what pose recovery brings back.
 
     Arrays: ``true`` and ``found`` (case view 3: degrees, mm along u, mm along v), ``psnr_exact``, ``psnr_off``,
-    ``psnr_recovered`` (dB, one a case).
+    ``psnr_recovered``, and ``psnr_in_place``, without the motion that all views share (dB, one a case).
     """
     a = result.arrays
     figure, axes = new_figure(10.0, 3.7, 1, 3)
     ax = axes[0, 0]
-    kinds = ("exact", "off", "recovered")
+    kinds = ("exact", "off", "recovered", "in_place")
     for case in zip(*(a[f"psnr_{kind}"] for kind in kinds), strict=True):
-        ax.plot(range(3), case, "o-", color=COLOURS["grey"], linewidth=1, markersize=4)
+        ax.plot(range(4), case, "o-", color=COLOURS["grey"], linewidth=1, markersize=4)
     means = [float(np.mean(a[f"psnr_{kind}"])) for kind in kinds]
-    ax.plot(range(3), means, "D", color=COLOURS["red"], markersize=8, label="mean")
-    ax.set_xticks(range(3), ["places known", "off, unknown", "found again"])
-    ax.set_xlim(-0.4, 2.4)
+    ax.plot(range(4), means, "D", color=COLOURS["red"], markersize=8, label="mean")
+    ax.set_xticks(range(4), ["places\nknown", "off,\nunknown", "found\nagain", "and moved\nas one"])
+    ax.set_xlim(-0.4, 3.4)
     ax.set_ylabel("PSNR of the mean, dB")
     ax.legend()
     for ax, columns, unit in ((axes[0, 1], [0], "degrees"), (axes[0, 2], [1, 2], "mm")):
