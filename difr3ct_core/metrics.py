@@ -170,7 +170,7 @@ def perceptual_distance(
     """LPIPS of the slices of a volume, mean over all slices along the three axes; intensities in [-1, 1]."""
     _check_shapes(estimate, truth)
     found = []
-    for one, other in zip(estimate.to(judge.mean), truth.to(judge.mean), strict=True):
+    for one, other in zip(estimate.float(), truth.float(), strict=True):
         stacks = [(one[0].movedim(axis, 0)[:, None], other[0].movedim(axis, 0)[:, None]) for axis in range(3)]
         parts = [judge(a, b) * len(a) for s in stacks for a, b in zip(s[0].split(16), s[1].split(16), strict=True)]
         found.append(torch.stack(parts).sum() / sum(truth.shape[-3:]))

@@ -123,7 +123,7 @@ class Perceptual(nn.Module):
 
     def features(self, picture: Float[Tensor, "b 1 y x"]) -> list[Tensor]:
         """Activations at the five compared layers, each vector of channels scaled to unit length."""
-        x = ((picture + 1) / 2 - self.mean) / self.std
+        x = ((picture.to(self.mean.device) + 1) / 2 - self.mean) / self.std
         found, index = [], 0
         for layer in VGG16_LAYOUT:
             if layer == "M":
