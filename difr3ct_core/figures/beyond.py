@@ -98,8 +98,9 @@ def acquisition(result: Result) -> Figure:
         ax.set_aspect("equal")
     for ax in axes[0]:
         ax.grid(True, linewidth=0.6)
-    lost, back = means[0] - means[1], means[2] - means[1]
-    return finish(figure, result, f"Misplaced x-rays cost {lost:.1f} dB, finding their places brings {back:.1f} back")
+    lost, back, as_one = means[0] - means[1], means[2] - means[1], means[3] - means[1]
+    title = f"Misplaced x-rays cost {lost:.1f} dB; found again they give {back:.1f} back, and {as_one:.1f} moved as one"
+    return finish(figure, result, title)
 
 
 @styled
