@@ -38,6 +38,18 @@ def pages_of(html: Path) -> list[str]:
     return pages
 
 
+def _still(page: Any, frame: Any, patience_s: float = 20) -> Any:
+    """The picture once it has stopped refining itself, so that what changes later is due to what was done to it."""
+    before = picture_of(page, frame)
+    for _ in range(round(patience_s)):
+        page.wait_for_timeout(1000)
+        after = picture_of(page, frame)
+        if moved_share(before, after) < MOVED / 10:
+            return after
+        before = after
+    return before
+
+
 def _changes(page: Any, frame: Any, before: Any, patience_s: float = 20) -> bool:
     """Whether the picture moves within some seconds: without a GPU a volume is drawn slowly, which is no fault."""
     for _ in range(round(2 * patience_s)):
@@ -88,7 +100,7 @@ def check_viewers(page: Any, engines: list[str]) -> tuple[int, list[str]]:
                 if state == "too slow":  # whatever it is busy with would slow the next one down
                     figure.locator("button[data-engine='']").click()
                 continue
-            before = picture_of(page, frame)
+            before = _still(page, frame)
             drag(page, frame)
             if not is_lively(before):
                 amiss.append(f"volume {number}: {engine} draws nothing")

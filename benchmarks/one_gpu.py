@@ -7,13 +7,13 @@
 The committed run had 2048 instead of 768 patients of ``lung``: a preset as a JSON file with ``cohort.n_train`` changed,
 and its phantoms drawn by ``data_scripts/make_phantoms.py --preset FILE``.
 
-One process for a method and its views. All start together on ``lung`` and share the GPU for the same time, so their
-budgets are equal in minutes; the tables print how many patients each saw in them. Then every model goes on from there
-on ``thoracic`` for a shorter time (Table II). How many steps fit is reckoned from the first ones, made while all
-processes run, so that every schedule of the learning rate comes to its end.
+One process for a method and its views. All start together on ``lung`` and share the GPU; the steps of each are planned
+for the same time from how long its first ones take, so that every schedule of the learning rate comes to its end. Some
+end early or late for it: the tables print the minutes that each had and the patients that it saw. Then every model goes
+on from there on ``thoracic`` until the second time is over (Table II); who was late has little of it.
 
-Writes into ``--out``: ``small-ldm-VIEWS.safetensors`` (bfloat16, with the log), ``tables.json`` and
-``tables_COHORT.npz`` (as ``benchmarks/tables.py``), and ``steps.json``, what was trained for how many steps.
+Writes into ``--out``: ``small-ldm-VIEWS.safetensors`` (bfloat16), ``tables.json`` and ``tables_COHORT.npz`` (as
+``benchmarks/tables.py``), and ``steps.json``, what was trained for how many steps. Logs stay in ``--run``.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Job:
 
     def baseline(self, cohort: str, chapter: Chapter, start: Path | None) -> Options:
         """A network of its own; returns with which options it was trained."""
-        rate = getattr(get_baselines("small"), self.name).training.lr * (1.0 if start is None else SECOND)
+        rate = getattr(get_baselines(chapter.preset.name), self.name).training.lr * (1.0 if start is None else SECOND)
         begin = start / f"{self.name}-{self.views}" if start else None
         options = Options()
 

@@ -106,7 +106,10 @@ class Patients:
     def at_angles(
         self, angles_deg: Sequence[float], xray: XrayPreset, batch: int = 32, device: str | torch.device = "cpu"
     ) -> Patients:
-        """The same patients with x-rays rendered anew at other angles (degrees), detector and beam as in ``xray``."""
+        """The same patients with x-rays rendered anew at other angles (degrees), detector and beam as in ``xray``.
+
+        ``batch`` of them are rendered at a time, on ``device``; the x-rays come back to the CPU.
+        """
         views = standard_views(angles_deg, xray.detector_size, self.volume.fov_mm, mode=xray.mode)
         parts = (part.to(device).float() for part in self.hu.split(batch))
         images = [render_xrays(part, views, self.volume, xray).cpu() for part in parts]
