@@ -11,12 +11,14 @@ Layout::
     DATA/PRESET-COHORT/      the cohort: phantoms, or prepared real scans (PRESET-lidc, at presets such as paper-lidc)
     DATA/sample_ct/          the real scan, if it was fetched
     RUN/vqgan/               autoencoder
+    RUN/decoder/             the same after its decoder's own training, where the preset has one
     RUN/ldm-VIEWS/           one diffusion model per set of views, as in the paper
     RUN/results/             NAME.npz and NAME.json of every chapter
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -30,11 +32,13 @@ from . import ct
 from .checkpoints import read_log
 from .checks import pick_device
 from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays
+from .deformation import deformed_copies
 from .diffusion import LatentDiffusion
 from .initial_network import InitialNetwork
 from .presets import COHORTS, Preset, get_preset
 from .processes import first_alone
 from .results import Result, load_result, provenance, run_id, save_result
+from .stage_decoder import train_decoder
 from .stage_initial import train_initial
 from .stages import train_ldm, train_vqgan
 from .vqgan import VQGAN
@@ -106,12 +110,33 @@ class Chapter:
         return path if path.exists() else None
 
     def vqgan(self, stop_after: int | None = None) -> VQGAN:
-        """The trained autoencoder (chapter 02): shipped, finished, or trained now."""
+        """The trained autoencoder (chapter 02): shipped, finished, or trained now, with its decoder's own training
+        where the preset has one."""
         if (path := self.weights("vqgan")).suffix:
             return load_vqgan(path, self.device)[0]
+        first = self.first_vqgan(stop_after)
+        return self.decoder(first) if self.preset.train_decoder.steps and stop_after is None else first
+
+    def first_vqgan(self, stop_after: int | None = None) -> VQGAN:
+        """The run's autoencoder before its decoder's own training: finished, or trained now."""
         return train_vqgan(
             self.patients("train"), self.preset, self.run / "vqgan", self.seed, self.device, self.patients("val"),
             stop_after, self.vgg16,
+        )  # fmt: skip
+
+    def decoder(self, vqgan: VQGAN, stop_after: int | None = None, scan: str | Path | None = None) -> VQGAN:
+        """``vqgan`` with the decoder of the run's folder ``decoder``: finished, or trained now.
+
+        ``scan``: a real CT, NIfTI or a folder of DICOM, of which deformed copies are a fifth of what it learns from.
+        """
+        folder, others = self.run / "decoder", None
+        if scan is not None:
+            volume = self.preset.volume
+            fine = ct.prepare_ct(ct.read_ct(scan), dataclasses.replace(volume, size=2 * volume.size))
+            others = ct.hu_to_unit(deformed_copies(fine.hu, volume, 128, self.seed), volume)
+        return train_decoder(
+            vqgan, self.patients("train"), self.preset, folder, self.seed, self.device, self.patients("val"),
+            stop_after, others,
         )  # fmt: skip
 
     def weights(self, model: str) -> Path:

@@ -25,7 +25,7 @@ from .geometry import views_to_json
 from .initial import solved_latent
 from .presets import Preset
 from .vqgan import VQGAN
-from .weights import state_digest
+from .weights import latents_digest
 
 
 def data_digest(patients: Patients) -> str:
@@ -57,7 +57,7 @@ def _kept(cache: Path, key: dict[str, Any], compute: Callable[[], Tensor]) -> Te
 def encoded(patients: Patients, vqgan: VQGAN, cache: Path) -> Float[Tensor, "n c z y x"]:
     """Latents of all patients' volumes, on the CPU."""
     device = next(vqgan.parameters()).device
-    key = {"autoencoder": state_digest(vqgan), "data": data_digest(patients)}
+    key = {"autoencoder": latents_digest(vqgan), "data": data_digest(patients)}
     starts = range(0, len(patients), 8)
     return _kept(
         cache, key, lambda: torch.cat([vqgan.encode(patients.unit(slice(i, i + 8)).to(device)) for i in starts])
@@ -71,7 +71,7 @@ def solved(
     if preset.initial.solver == "none":
         return None
     key = {
-        "autoencoder": state_digest(vqgan),
+        "autoencoder": latents_digest(vqgan),
         "data": data_digest(patients),
         "views": views_to_json(patients.views),
         "solver": [preset.initial.solver, preset.initial.iterations],

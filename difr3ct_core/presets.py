@@ -221,6 +221,10 @@ class Preset:
     train_initial: TrainPreset = field(
         default_factory=lambda: TrainPreset(steps=6000, batch_size=1, lr=3e-4, precision="fp32")
     )
+    # Of the decoder alone, on whole volumes, after the autoencoder's training; 0 steps leave it out, as the paper does.
+    train_decoder: TrainPreset = field(
+        default_factory=lambda: TrainPreset(steps=0, batch_size=1, lr=7e-4, warmup_steps=100, betas=(0.9, 0.99))
+    )
     book: BookPreset = field(default_factory=BookPreset)
 
     @property
@@ -342,6 +346,15 @@ PRESETS: dict[str, Preset] = {
             warmup_steps=50,
             validate_every=400,
             crop=32,
+            channels_last=True,
+        ),
+        train_decoder=TrainPreset(
+            steps=8000,
+            batch_size=1,
+            lr=7e-4,
+            warmup_steps=100,
+            betas=(0.9, 0.99),
+            validate_every=500,
             channels_last=True,
         ),
         initial=InitialPreset(solver="tv_body", iterations=12, network=True),

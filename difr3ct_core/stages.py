@@ -32,7 +32,7 @@ from .results import provenance
 from .training import Opponent, fit
 from .vqgan import VQGAN
 from .vqgan_losses import Critics, Perceptual
-from .weights import load_initial, load_ldm, load_vqgan, state_digest, training_history
+from .weights import latents_digest, load_initial, load_ldm, load_vqgan, state_digest, training_history
 
 #: Settings of a training that do not decide its result (but for the rounding of sums).
 MANNER = (
@@ -112,8 +112,8 @@ def _look(path: Path, fingerprint: dict[str, Any]) -> bool:
             _, metadata = read_safetensors(existing)
             found = metadata.get("fingerprint")
             if existing == path and isinstance(found, dict):
-                # To use a finished model it does not matter what its training began with.
-                free = {"start", "initial_network"} - set(fingerprint)
+                # To use a finished model it does not matter what its training began with, or saw besides.
+                free = {"start", "initial_network", "others"} - set(fingerprint)
                 found = {name: value for name, value in found.items() if name not in free}
             if found == json.loads(json.dumps(fingerprint)):
                 if existing == path:
@@ -146,7 +146,7 @@ def _seen(preset: Preset, train: Patients, vqgan: VQGAN, any_view: bool) -> dict
         "initial": dataclasses.asdict(preset.initial),
         "xray": dataclasses.asdict(preset.xray),
         "views": views_to_json(train.views),
-        "autoencoder": state_digest(vqgan),
+        "autoencoder": latents_digest(vqgan),
         **({"any_view": dataclasses.asdict(preset.any_view)} if any_view else {}),
     }
 
@@ -272,7 +272,7 @@ def draw_views(preset: Preset, generator: torch.Generator) -> list[int]:
 def _beginning(start: str | Path, autoencoder: str) -> tuple[LatentDiffusion, list[dict[str, Any]]]:
     """The model in ``start``, if it lives in the latents of the same autoencoder, and how it was trained."""
     model, vqgan, _, metadata = load_ldm(start)
-    if state_digest(vqgan) != autoencoder:
+    if latents_digest(vqgan) != autoencoder:
         raise InputError(f"{start}: was trained with another autoencoder; start from weights of this run's.")
     return model, training_history(metadata)
 
@@ -416,6 +416,7 @@ def train_ldm(
             "preset": preset.to_dict(),
             "views": views_to_json(train.views),
             **({"any_view_most": preset.any_view.most} if any_view else {}),
+            **({"latents_of": vqgan.latents_of} if vqgan.latents_of else {}),
             "fingerprint": fingerprint,
             "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
         }

@@ -298,14 +298,19 @@ def main(arguments: list[str] | None = None) -> int:
     from .chapters import Chapter
     from .checks import pick_device
     from .presets import get_preset
+    from .weights import load_vqgan
 
     parser = argparse.ArgumentParser(prog="python -m difr3ct_core.training", description=main.__doc__.split(";")[0])
     parser.add_argument(
-        "--stage", choices=("vqgan", "initial", "ldm"), required=True, help="a stage trains those before it if need be"
+        "--stage",
+        choices=("vqgan", "decoder", "initial", "ldm"),
+        required=True,
+        help="a stage trains those before it if need be",
     )
     parser.add_argument("--preset", default="paper", help="tiny, small or paper (default)")
     parser.add_argument("--views", default="8view", help="set of views (8view, 2view, ...), or any")
-    parser.add_argument("--weights", type=Path, help="initial, LDM: run folder or weights of an LDM to begin with")
+    parser.add_argument("--weights", type=Path, help="to begin with: of an LDM; for the decoder, of a VQGAN")
+    parser.add_argument("--scan", type=Path, help="decoder: a real CT; deformed copies of it join the training")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the cohorts")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/PRESET)")
     parser.add_argument("--seed", type=int, default=0)
@@ -329,6 +334,9 @@ def main(arguments: list[str] | None = None) -> int:
         chapter.shipped = False
         if options.stage == "vqgan":
             chapter.vqgan(options.stop_after)
+        elif options.stage == "decoder":
+            start = load_vqgan(options.weights, device)[0] if options.weights else chapter.first_vqgan()
+            chapter.decoder(start, options.stop_after, options.scan)
         elif options.stage == "initial":
             chapter.initial(options.views, options.stop_after, options.weights)
         else:

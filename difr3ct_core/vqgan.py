@@ -206,6 +206,8 @@ class VQGAN(nn.Module):
 
     latent_scale: Tensor
     latent_shift: Tensor
+    #: Checksum of the autoencoder whose encoder and codes these are, where only the decoder went on learning.
+    latents_of: str | None = None
 
     def __init__(self, preset: VQGANPreset) -> None:
         super().__init__()

@@ -31,9 +31,10 @@ def load_vqgan(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQ
     Raises:
         InputError: not the weights of a VQGAN, truncated, or of another version.
     """
-    path, tensors, preset, _ = _read_weights(path, "vqgan", ("preset",))
+    path, tensors, preset, metadata = _read_weights(path, "vqgan", ("preset",))
     model = VQGAN(preset.vqgan)
     load_state(model, tensors, path)
+    model.latents_of = metadata.get("latents_of")
     return model.to(device).eval(), preset
 
 
@@ -79,6 +80,7 @@ def load_ldm(
         vqgan = _beside(path, metadata["autoencoder"])
     else:
         load_state(vqgan, {k.removeprefix("vqgan."): v for k, v in tensors.items() if k.startswith("vqgan.")}, path)
+        vqgan.latents_of = metadata.get("latents_of")
     return model.to(device).eval(), vqgan.to(device).eval(), preset, metadata
 
 
@@ -90,7 +92,7 @@ def _beside(path: Path, named: Any) -> VQGAN:
     if not other.exists():
         raise InputError(f"{other}: no such file, but {path.name} needs it beside it; keep the two together.")
     vqgan = load_vqgan(other)[0]
-    if state_digest(vqgan) != named["digest"]:
+    if latents_digest(vqgan) != named["digest"]:
         raise InputError(f"{other}: is not the autoencoder that {path.name} was trained with; take both together.")
     return vqgan
 
@@ -155,8 +157,8 @@ def export_weights(
     }
     write_safetensors(path, small, {**metadata, "stored_as": str(dtype).removeprefix("torch.")})
     if autoencoder is not None and metadata["kind"] == "ldm":
-        digest = state_digest(load_vqgan(autoencoder)[0])
-        if digest == state_digest(load_ldm(path)[1]):
+        digest = latents_digest(load_vqgan(autoencoder)[0])
+        if digest == latents_digest(load_ldm(path)[1]):
             small = {k: v for k, v in small.items() if not k.startswith("vqgan.")}
             metadata["autoencoder"] = {"file": Path(autoencoder).name, "digest": digest}
             write_safetensors(path, small, {**metadata, "stored_as": str(dtype).removeprefix("torch.")})
@@ -170,3 +172,8 @@ def state_digest(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def latents_digest(vqgan: VQGAN) -> str:
+    """Checksum of the autoencoder in whose latents a model lives: two that differ in the decoder alone share them."""
+    return vqgan.latents_of or state_digest(vqgan)
