@@ -4,8 +4,9 @@
 
 For every finished autoencoder and diffusion model of the run (initial networks are inside the latter):
 ``PRESET-MODEL.safetensors`` (at most 16 MB), ``.csv`` (its log), ``.md`` (its card, with the measured quality from
-``benchmarks/results/quality_PRESET.json`` if that is there; run this again afterwards). Diffusion models name the
-autoencoder beside them instead of holding it once more.
+``benchmarks/results/quality_PRESET.json`` if that is there; run this again afterwards). An autoencoder whose decoder
+went on learning (``decoder``) goes in place of the first one. Diffusion models name the autoencoder beside them instead
+of holding it once more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT_MB = 16.0
 COMMANDS = {
     "vqgan": "python -m difr3ct_core.training --stage vqgan --preset {preset}{settings}",
+    "decoder": "python -m difr3ct_core.training --stage decoder --preset {preset}{settings}",
     "ldm": "python -m difr3ct_core.training --stage ldm --views {views} --preset {preset}{settings}",
 }
 
@@ -69,24 +71,30 @@ def quality(path: Path, model: str) -> list[str]:
 def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path, note: str = "") -> str:
     """The model card in Markdown; ``note`` is what the metadata cannot know of how the training went."""
     preset, origin = metadata["preset"], metadata["provenance"]
-    stage = "vqgan" if model == "vqgan" else "ldm"
+    stage = "ldm" if model != "vqgan" else "decoder" if "latents_of" in metadata else "vqgan"
     training, cohort = preset[f"train_{stage}"], preset["cohort"]
     command = COMMANDS[stage].format(
         preset=preset["name"], views=model.removeprefix("ldm-"), settings=settings_of(stage, preset)
     )
-    if "start" in metadata["fingerprint"]:
+    if "start" in metadata["fingerprint"] or stage == "decoder":
         command += " --weights START"
+    others = metadata["fingerprint"].get("others")
+    if others:
+        command += " --scan CT"
+    seen = f" {100 * others[1]:g} % of its steps saw one of {others[0]} deformed copies of a real CT." if others else ""
     size, initial = preset["volume"]["size"], preset.get("initial", {})
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
-    if preset["vqgan"].get("image_gan_weight") or metadata.get("perceptual"):
+    if stage == "decoder":
+        judges = "of the decoder, L1 and 5 times the square; the encoder and the codes are those of START, unchanged"
+    elif preset["vqgan"].get("image_gan_weight") or metadata.get("perceptual"):
         judges = "L1, commitment, adversarial" + (", perceptual" if metadata.get("perceptual") else "")
-    kind = "3D VQGAN" if stage == "vqgan" else "Conditional latent diffusion model, for the VQGAN beside it,"
+    kind = "3D VQGAN" if stage != "ldm" else "Conditional latent diffusion model, for the VQGAN beside it,"
     lines = [
         f"# {preset['name']}-{model}", "",
         f"{kind} of DIFR3CT, "
         f"{size}³ voxels of {preset['volume']['fov_mm'] / size:g} mm. {megabytes:.1f} MB, stored as bfloat16.", "",
         f"- **Data**: {cohort['n_train']} synthetic phantom thoraxes, cohort `{cohort['cohort']}`, "
-        f"seed {cohort['seed']} (`data_scripts/make_phantoms.py`). No real patient was trained on.",
+        f"seed {cohort['seed']} (`data_scripts/make_phantoms.py`).{seen or ' No real patient was trained on.'}",
         f"- **Training**: {training['steps']} steps, batch {training['batch_size']}, rate {training['lr']:g}, seed "
         f"{origin['seed']}, {origin['wall_s'] / 3600:.2f} h of wall time, on {origin['device']}, "
         f"commit {origin['commit']}, {origin['finished'][:10]}.",
@@ -104,9 +112,9 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         f"- **HU window**: {preset['volume']['hu_min']:g} to {preset['volume']['hu_max']:g}.", "",
         "## Quality", "", *quality(measured, model), "",
         "## Limits", "",
-        "For research and teaching, not for clinical use. Trained on phantoms: a real chest has texture and shapes "
-        "that they lack, and the figures on LIDC-IDRI-0001 show the gap. Parallel beam without noise. Trained for "
-        "minutes, not for days: more training improves it.", "",
+        "For research and teaching, not for clinical use. Trained on phantoms, but for what is said above: a real "
+        "chest has texture and shapes that they lack, and the figures on LIDC-IDRI-0001 show the gap. Parallel beam "
+        "without noise. Trained for minutes, not for days: more training improves it.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -124,11 +132,14 @@ def ship(run: Path, out: Path, results: Path, notes: dict[str, str] | None = Non
         InputError: no finished model there, or one is larger than the limit.
     """
     found = [path for path in sorted(run.glob("*/weights.safetensors")) if not path.parent.name.startswith("initial-")]
+    if any(path.parent.name == "decoder" for path in found):
+        found = [path for path in found if path.parent.name != "vqgan"]
     if not found:
         raise InputError(f"{run}: holds no finished model, expected MODEL/weights.safetensors; train one first.")
     made = []
-    for weights in sorted(found, key=lambda path: path.parent.name != "vqgan"):  # the autoencoder first: others name it
-        model = weights.parent.name
+    # The autoencoder first: others name it.
+    for weights in sorted(found, key=lambda path: path.parent.name not in ("vqgan", "decoder")):
+        model = "vqgan" if weights.parent.name == "decoder" else weights.parent.name
         _, metadata = read_safetensors(weights)
         name = metadata["preset"]["name"]
         path = out / f"{name}-{model}.safetensors"

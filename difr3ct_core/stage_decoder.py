@@ -2,8 +2,8 @@
 
 The autoencoder learns by small crops, which is fast and shows it much, but a crop has no neighbours: at its faces the
 encoder and the decoder see zeros where tissue goes on. Here the encoder and the codes stay as they are, so that latents
-and all that was trained in them stay valid, and the decoder alone learns from whole volumes and their codes. Half a step
-costs no encoder, the codes of all patients are computed once.
+and all that was trained in them stay valid, and the decoder alone learns from whole volumes and their codes. The codes
+of all patients are computed once, so that a step runs no encoder.
 
 The square of the error is added to its absolute value: a posterior mean is judged by its square (PSNR), and few large
 errors at the edges of bone make most of it.
