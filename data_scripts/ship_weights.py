@@ -151,7 +151,8 @@ def ship(run: Path, out: Path, results: Path, notes: dict[str, str] | None = Non
                 f"{path}: would be {megabytes:.1f} MB, expected at most {LIMIT_MB:g}; use a smaller preset."
             )
         for target, text in (
-            (path.with_suffix(".csv"), (weights.parent / "log.csv").read_text()),
+            # The log of the first training stays beside that of the decoder.
+            (out / f"{name}-{weights.parent.name}.csv", (weights.parent / "log.csv").read_text()),
             (
                 path.with_suffix(".md"),
                 card(model, metadata, megabytes, results / f"quality_{name}.json", (notes or {}).get(model, "")),

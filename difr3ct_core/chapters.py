@@ -166,6 +166,12 @@ class Chapter:
         path = self.weights(model)
         return path.with_suffix(".csv") if path.suffix else path
 
+    def decoder_log(self) -> Path | None:
+        """The log of the decoder's own training, beside that of :meth:`log`; None where there was none."""
+        path = self.weights("vqgan")
+        found = path.with_name(f"{path.stem.removesuffix('vqgan')}decoder.csv") if path.suffix else self.run / "decoder"
+        return found if found.exists() else None
+
     def ldm(self, view_set: str, stop_after: int | None = None, start: str | Path | None = None) -> LatentDiffusion:
         """The trained diffusion model for a set of views (chapter 04), or "any" for the any-view model.
 

@@ -101,7 +101,16 @@ def test_provenance_is_under_the_figure_and_style_does_not_leak() -> None:
     steps = np.arange(1, 11)
     result = Result(
         "vqgan_training",
-        {"step": steps, "l1": 100.0 / steps, "commitment": 1.0 / steps, "perplexity": 3.0 * steps},
+        {
+            "step": steps,
+            "l1": 100.0 / steps,
+            "commitment": 1.0 / steps,
+            "perplexity": 3.0 * steps,
+            "val_step": [10],
+            "val_psnr": [30.0],
+            "decoder_step": [5, 10],
+            "decoder_psnr": [31.0, 32.0],
+        },
         {"codebook_size": 64},
         ORIGIN,
     )
@@ -145,7 +154,7 @@ def test_detection_shows_every_case_and_names_best_and_worst(real: float | None,
         arrays |= {f"{kind}_{name}": np.array([0, 0.5, 1.0]) for kind in ("false", "true")}
     values = {
         "findings": ["metal"] * 3 + ["missing_lung"] * 5,
-        "auc": dict(zip(uncertainty.DETECTORS, (0.9, 0.8, 0.7, 0.6), strict=True)),
+        "auc": dict(zip(uncertainty.DETECTORS, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4), strict=True)),
         "auc_finding": {"metal": 0.5, "missing_lung": 1.0},
         "threshold": 0.048,
         "real": real,

@@ -44,20 +44,22 @@ def _grid(ax: Axes) -> None:
 
 @styled
 def autoencoder_training(result: Result) -> Figure:
-    """Terms of Eq. 11 and the use of the codebook during training.
+    """Terms of Eq. 11, the use of the codebook during training, and what held-out patients reach.
 
-    Arrays: ``step``, ``l1`` (HU), ``commitment``, ``perplexity``; value ``codebook_size``. Of a short training on the
-    reader's machine, where the weights shipped, also ``own_step``, ``own_l1``, ... (drawn as dots).
+    Arrays: ``step``, ``l1`` (HU), ``commitment``, ``perplexity``, ``val_step``, ``val_psnr`` (dB); value
+    ``codebook_size``. Of a short training on the reader's machine, where the weights shipped, also ``own_step``,
+    ``own_l1``, ... (drawn as dots). Of the decoder's own training, where there was one, ``decoder_step``,
+    ``decoder_psnr``.
     """
     a = result.arrays
-    figure, axes = new_figure(9.6, 3.3, 1, 3)
+    figure, axes = new_figure(9.6, 6.2, 2, 2)
     width = max(len(a["step"]) // 25, 1)
     panels = (
         ("l1", "mean absolute error, HU", "blue"),
         ("commitment", "commitment ‖z − e‖²", "red"),
         ("perplexity", "perplexity, codes", "green"),
     )
-    for ax, (key, label, colour) in zip(axes[0], panels, strict=True):
+    for ax, (key, label, colour) in zip(axes.flat, panels, strict=False):
         ax.plot(a["step"], a[key], color=COLOURS[colour], alpha=0.25, linewidth=1)
         ax.plot(a["step"], _smooth(a[key], width), color=COLOURS[colour])
         if "own_step" in a:
@@ -71,9 +73,20 @@ def autoencoder_training(result: Result) -> Figure:
     if "own_step" in a:
         axes[0, 0].legend()
     size = result.values["codebook_size"]
-    axes[0, 2].axhline(size, color=COLOURS["grey"], linestyle="--", linewidth=1)
-    axes[0, 2].text(a["step"][-1], size * 0.97, f"all {size} codes", ha="right", va="top", fontsize=8.5)
-    axes[0, 2].set_ylim(top=size * 1.15)
+    axes[1, 0].axhline(size, color=COLOURS["grey"], linestyle="--", linewidth=1)
+    axes[1, 0].text(a["step"][-1], size * 0.97, f"all {size} codes", ha="right", va="top", fontsize=8.5)
+    axes[1, 0].set_ylim(top=size * 1.15)
+    ax = axes[1, 1]
+    ax.plot(a["val_step"], a["val_psnr"], "o-", color=COLOURS["orange"], markersize=4, label="autoencoder, by crops")
+    if "decoder_step" in a:
+        # It goes on where the other ends, which is its first point.
+        steps = np.concatenate([[0], a["decoder_step"]]) + a["val_step"][-1]
+        reached = np.concatenate([a["val_psnr"][-1:], a["decoder_psnr"]])
+        ax.plot(steps, reached, "s-", color=COLOURS["purple"], markersize=4, label="decoder alone, whole volumes")
+        ax.legend(loc="lower right")
+    ax.set_ylabel("PSNR of held-out patients, dB")
+    ax.set_xlabel("training step")
+    _grid(ax)
     in_use = float(np.mean(a["perplexity"][-5:])) / size
     message = "its codebook stays in use" if in_use > 0.15 else "with a small part of its codebook"
     return finish(figure, result, f"The autoencoder learns, {'and ' if in_use > 0.15 else ''}{message}")

@@ -209,7 +209,9 @@ def phantom_and_real(result: Result) -> Figure:
 
 DETECTORS = {
     "residual": ("re-projection residual", "red"),
+    "standardised": ("misfit against the usual", "orange"),
     "peak": ("largest misfit of a spot", "purple"),
+    "xray_alone": ("x-ray alone, no model", "green"),
     "spread": ("mean spread in the body", "blue"),
     "spread_95": ("95th percentile of the spread", "sky"),
 }
