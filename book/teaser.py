@@ -1,6 +1,6 @@
 """Draw the picture of the README, ``book/static/teaser.png``, with the weights that ship.
 
-    python book/teaser.py [--data data]
+python book/teaser.py [--data data]
 """
 
 from __future__ import annotations

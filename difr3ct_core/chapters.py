@@ -31,9 +31,10 @@ import torch
 from . import ct
 from .checkpoints import read_log
 from .checks import pick_device
-from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays
+from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays, through_detectors
 from .deformation import deformed_copies
 from .diffusion import LatentDiffusion
+from .files import InputError
 from .initial_network import InitialNetwork
 from .presets import COHORTS, Preset, get_preset
 from .processes import first_alone
@@ -62,6 +63,8 @@ class Chapter:
 
     #: Whether weights that ship with the project are used where the run has none of its own.
     shipped = True
+    #: Whether diffusion models train on x-rays of real detectors (:func:`difr3ct_core.datasets.through_detectors`).
+    detectors = False
 
     def __init__(self, name: str, preset: Preset, data: Path, run: Path, seed: int, device: torch.device) -> None:
         self.name, self.preset, self.data, self.run = name, preset, data, run
@@ -187,10 +190,21 @@ class Chapter:
             self.initial(view_set, start=start)
             network = self.run / f"initial-{view_set}"
         return train_ldm(
-            self.patients("train", None if any_view else view_set), vqgan, self.preset,
+            self._training(None if any_view else view_set), vqgan, self.preset,
             self.run / f"ldm-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"), start,
             network,
         )  # fmt: skip
+
+    def _training(self, view_set: str | None) -> Patients:
+        """The training patients, through real detectors where the chapter is told so."""
+        train = self.patients("train", view_set)
+        if not self.detectors:
+            return train
+        if view_set is None:
+            raise InputError(
+                "detectors: found views 'any', expected one set of views, whose x-rays can be changed once."
+            )
+        return through_detectors(train, self.seed)
 
     def _autoencoder(self, start: str | Path | None) -> VQGAN:
         """The run's own; where it has none and a training begins with weights, theirs."""
@@ -207,7 +221,7 @@ class Chapter:
         beginning = None if start is None else load_ldm(start, self.device)[0].initial_network
         vqgan = self._autoencoder(start)
         return train_initial(
-            self.patients("train", None if any_view else view_set), vqgan, self.preset,
+            self._training(None if any_view else view_set), vqgan, self.preset,
             self.run / f"initial-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"),
             beginning,
         )  # fmt: skip

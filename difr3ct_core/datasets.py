@@ -28,6 +28,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from . import ct
+from .detector import DetectorRange, detect, draw_detector
 from .drr import project
 from .files import InputError, read_json, read_npz, write_json, write_npz
 from .geometry import View, standard_views, views_from_json, views_to_json
@@ -125,6 +126,25 @@ class Patients:
             labels=self.labels[rows],
             xrays=self.xrays[rows],
         )
+
+
+def through_detectors(patients: Patients, seed: int = 0, limits: DetectorRange | None = None) -> Patients:
+    """The same patients, each x-rayed by a detector of its own: for a model that is to expect real ones.
+
+    Args:
+        patients: with exact x-rays.
+        seed: of detectors and noise.
+        limits: of :func:`difr3ct_core.detector.draw_detector`.
+
+    Returns:
+        patients whose names say it, so that nothing computed from the exact x-rays is taken for theirs.
+    """
+    seen = []
+    for i, image in enumerate(patients.xrays):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        seen.append(detect(image, patients.views, draw_detector(generator, limits), generator))
+    ids = tuple(f"{name}@detector{seed}" for name in patients.ids)
+    return dataclasses.replace(patients, ids=ids, xrays=torch.stack(seen))
 
 
 def _data_key(preset: Preset) -> dict[str, Any]:

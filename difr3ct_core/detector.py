@@ -85,6 +85,34 @@ class Detector:
         )
 
 
+@dataclass(frozen=True)
+class DetectorRange:
+    """Detectors to train on: of each number of :class:`Detector` the limits, between which it is drawn evenly.
+
+    ``i0`` is drawn evenly on a logarithmic scale.
+    """
+
+    i0: tuple[float, float] = (1e3, 1e6)
+    blur_mm: tuple[float, float] = (0.0, 3.0)
+    scatter_to_primary: tuple[float, float] = (0.0, 0.2)
+    gain_error: tuple[float, float] = (-0.05, 0.05)
+
+
+def draw_detector(generator: torch.Generator, limits: DetectorRange | None = None) -> Detector:
+    """A detector from a range; by default :class:`DetectorRange`'s, our choice of what a ward may have."""
+    limits = limits or DetectorRange()
+    shares = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    low, high = (math.log(limit) for limit in limits.i0)
+    blur, scatter, gain = (
+        a + (b - a) * share
+        for (a, b), share in zip(
+            (limits.blur_mm, limits.scatter_to_primary, limits.gain_error), shares[1:], strict=True
+        )
+    )
+    i0 = math.exp(low + (high - low) * shares[0])
+    return Detector(i0=i0, blur_mm=blur, scatter_to_primary=scatter, gain_error=gain)
+
+
 def detect(
     line_integrals: Float[Tensor, "*batch view v u"],
     views: Sequence[View],

@@ -311,6 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--views", default="8view", help="set of views (8view, 2view, ...), or any")
     parser.add_argument("--weights", type=Path, help="to begin with: of an LDM; for the decoder, of a VQGAN")
     parser.add_argument("--scan", type=Path, help="decoder: a real CT; deformed copies of it join the training")
+    parser.add_argument(
+        "--detectors", action="store_true", help="initial, LDM: x-rays of real detectors, noise and all"
+    )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the cohorts")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/PRESET)")
     parser.add_argument("--seed", type=int, default=0)
@@ -332,6 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
             "training", preset, options.data, options.run or Path("runs") / preset.name, options.seed, device
         )
         chapter.shipped = False
+        chapter.detectors = options.detectors
         if options.stage == "vqgan":
             chapter.vqgan(options.stop_after)
         elif options.stage == "decoder":

@@ -1,0 +1,95 @@
+"""What real detectors cost, for a model that learned from exact x-rays and for one that learned from theirs.
+
+    python benchmarks/detectors.py [--preset small] [--views 8view] [--patients 8] [--samples 4] [--trained RUN]
+
+On held-out phantoms, PSNR of the mean with the peak of the HU window: as drawn, corrected (:mod:`difr3ct_core.consistency`)
+and of total variation alone. ``RUN`` holds the other model, for instance of
+
+    python -m difr3ct_core.training --stage ldm --views 8view --preset small --detectors --run RUN
+        --weights pretrained/small-ldm-8view.safetensors
+
+Writes into ``results/trust.json`` one entry for each condition, ``detector_CONDITION``: ``value`` of the samples as
+drawn, and in ``exact`` and ``trained`` every way of each model. The solver knows nothing of either.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import update_results
+
+from difr3ct_core import consistency
+from difr3ct_core.baselines.classical import tv_body
+from difr3ct_core.chapters import Chapter, open_chapter
+from difr3ct_core.datasets import Patients
+from difr3ct_core.detector import Detector, detect
+from difr3ct_core.diffusion import LatentDiffusion
+from difr3ct_core.metrics import psnr
+from difr3ct_core.reconstruct import posterior_samples
+from difr3ct_core.weights import load_ldm
+
+ROOT = Path(__file__).resolve().parents[1]
+CONDITIONS = {
+    "ideal": Detector(),
+    "photons_1e3": Detector(i0=1e3),
+    "photons_1e4": Detector(i0=1e4),
+    "photons_1e5": Detector(i0=1e5),
+    "photons_1e6": Detector(i0=1e6),
+    "blur_2.5mm": Detector(blur_mm=2.5),
+    "scatter_0.1": Detector(scatter_to_primary=0.1),
+    "gain_+5%": Detector(gain_error=0.05),
+}
+
+
+def quality(volumes: torch.Tensor, patients: Patients) -> dict[str, Any]:
+    """PSNR of the mean over samples (patient, sample, z, y, x): mean over patients, and each."""
+    values = psnr(volumes.mean(1, keepdim=True), patients.unit(), 2.0)
+    return {"psnr": float(values.mean()), "patients": [round(float(v), 3) for v in values]}
+
+
+def ways(ldm: LatentDiffusion, chapter: Chapter, some: Patients, xrays: torch.Tensor, samples: int) -> dict[str, Any]:
+    """As drawn and corrected."""
+    drawn = posterior_samples(ldm, chapter.vqgan(), xrays, some.views, samples, chapter.seed)
+    pairs = zip(drawn, xrays, strict=True)
+    moved = torch.stack([consistency.correct(s, p, some.views, chapter.preset, "tv") for s, p in pairs])
+    return {"none": quality(drawn, some), "tv": quality(moved, some)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--data", type=Path, default=ROOT / "data")
+    parser.add_argument("--views", default="8view")
+    parser.add_argument("--patients", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--trained", type=Path, help="run folder of a model that learned from such x-rays")
+    options = parser.parse_args()
+    chapter = open_chapter("detectors", options.preset, options.data)
+    test = chapter.patients("test", options.views)
+    some = test.take(range(min(options.patients, len(test))))
+    models = {"exact": chapter.ldm(options.views)}
+    if options.trained:
+        models["trained"] = load_ldm(options.trained / f"ldm-{options.views}", chapter.device)[0]
+    volume, figures = chapter.preset.volume, {}
+    for name, detector in CONDITIONS.items():
+        xrays = detect(some.xrays, some.views, detector, torch.Generator().manual_seed(chapter.seed))
+        mu = tv_body(xrays, some.views, volume.shape, volume.spacing_mm)
+        found = {key: ways(ldm, chapter, some, xrays, options.samples) for key, ldm in models.items()}
+        figures[f"detector_{name}"] = {
+            "value": found["exact"]["none"]["psnr"], "unit": "dB", "patients": len(some), "samples": options.samples,
+            "views": options.views, "solver": quality(consistency.to_unit(mu, chapter.preset)[:, None], some), **found,
+        }  # fmt: skip
+        row = {key: {way: round(v["psnr"], 2) for way, v in found[key].items()} for key in found}
+        print(f"{name}: solver {figures[f'detector_{name}']['solver']['psnr']:.2f} {row}", flush=True)
+    words = f"python benchmarks/detectors.py --preset {options.preset} --views {options.views}"
+    words += f" --patients {options.patients} --samples {options.samples}" + (
+        " --trained RUN" if options.trained else ""
+    )
+    update_results(ROOT / "benchmarks" / "results" / "trust.json", figures, words)
+
+
+if __name__ == "__main__":
+    main()
