@@ -2,8 +2,8 @@
 
     python benchmarks/detectors.py [--preset small] [--views 8view] [--patients 8] [--samples 4] [--trained RUN]
 
-On held-out phantoms, PSNR of the mean with the peak of the HU window: as drawn, corrected (:mod:`difr3ct_core.consistency`)
-and of total variation alone. ``RUN`` holds the other model, for instance of
+On held-out phantoms, PSNR of the mean with the peak of the HU window: as drawn, corrected
+(:mod:`difr3ct_core.consistency`), and of total variation alone. ``RUN`` holds the other model, for instance of
 
     python -m difr3ct_core.training --stage ldm --views 8view --preset small --detectors --run RUN
         --weights pretrained/small-ldm-8view.safetensors

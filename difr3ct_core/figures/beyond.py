@@ -124,3 +124,35 @@ def dose(result: Result) -> Figure:
     ax.legend()
     ax.set_title("dotted: an ideal detector", loc="left")
     return finish(figure, result, "Fewer photons, less to hold on to")
+
+
+@styled
+def detectors(result: Result) -> Figure:
+    """Real detectors, for a model that learned from exact x-rays and one that learned from theirs.
+
+    Arrays: ``psnr_solver``, ``psnr_exact_none``, ``psnr_exact_tv``, ``psnr_trained_none``, ``psnr_trained_tv`` (dB, one
+    a condition); value ``names`` of the conditions.
+    """
+    a, names = result.arrays, result.values["names"]
+    figure, axes = new_figure(9.0, 4.4, 1, 1)
+    ax = axes[0, 0]
+    y = np.arange(len(names))[::-1]
+    for key, label, marker, colour, filled, shift in (
+        ("solver", "TV alone", "s", "green", True, 0.0),
+        ("exact_none", "learned from exact x-rays, as drawn", "o", "red", True, 0.12),
+        ("exact_tv", "the same, corrected", "D", "blue", True, 0.12),
+        ("trained_none", "learned from real detectors, as drawn", "o", "red", False, -0.12),
+        ("trained_tv", "the same, corrected", "D", "blue", False, -0.12),
+    ):
+        face = COLOURS[colour] if filled else "white"
+        ax.plot(a[f"psnr_{key}"], y + shift, marker, color=COLOURS[colour], markerfacecolor=face, label=label)
+    ax.set_yticks(y, names)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("PSNR of the mean, dB")
+    ax.grid(True, axis="x", linewidth=0.6)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8.5)
+    gain = float(np.mean(a["psnr_trained_none"][1:] - a["psnr_exact_none"][1:]))
+    title = (
+        f"Learning from real detectors is worth {gain:.1f} dB on them" if gain > 0 else "Learning from real detectors"
+    )
+    return finish(figure, result, title)
