@@ -34,7 +34,7 @@ from .checks import pick_device
 from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays, through_detectors
 from .deformation import deformed_copies
 from .diffusion import LatentDiffusion
-from .files import InputError
+from .files import InputError, read_safetensors
 from .initial_network import InitialNetwork
 from .presets import COHORTS, Preset, get_preset
 from .processes import first_alone
@@ -43,7 +43,7 @@ from .stage_decoder import train_decoder
 from .stage_initial import train_initial
 from .stages import train_ldm, train_vqgan
 from .vqgan import VQGAN
-from .weights import load_ldm, load_vqgan
+from .weights import load_ldm, load_vqgan, training_history
 
 
 def project_root() -> Path:
@@ -115,31 +115,40 @@ class Chapter:
     def vqgan(self, stop_after: int | None = None) -> VQGAN:
         """The trained autoencoder (chapter 02): shipped, finished, or trained now, with its decoder's own training
         where the preset has one."""
+        own = self.run / "decoder" / "weights.safetensors"
+        if stop_after is None and own.exists() and not (self.run / "vqgan").exists():
+            return load_vqgan(own, self.device)[0]
         if (path := self.weights("vqgan")).suffix:
             return load_vqgan(path, self.device)[0]
-        first = self.first_vqgan(stop_after)
-        return self.decoder(first) if self.preset.train_decoder.steps and stop_after is None else first
+        if self.preset.train_decoder.steps and stop_after is None:
+            return self.decoder()
+        return self._first_vqgan(stop_after)
 
-    def first_vqgan(self, stop_after: int | None = None) -> VQGAN:
-        """The run's autoencoder before its decoder's own training: finished, or trained now."""
+    def _first_vqgan(self, stop_after: int | None = None) -> VQGAN:
         return train_vqgan(
             self.patients("train"), self.preset, self.run / "vqgan", self.seed, self.device, self.patients("val"),
             stop_after, self.vgg16,
         )  # fmt: skip
 
-    def decoder(self, vqgan: VQGAN, stop_after: int | None = None, scan: str | Path | None = None) -> VQGAN:
-        """``vqgan`` with the decoder of the run's folder ``decoder``: finished, or trained now.
+    def decoder(
+        self, stop_after: int | None = None, start: str | Path | None = None, scan: str | Path | None = None
+    ) -> VQGAN:
+        """The run's autoencoder after its decoder's own training (folder ``decoder``): finished, or trained now.
 
-        ``scan``: a real CT, NIfTI or a folder of DICOM, of which deformed copies are a fifth of what it learns from.
+        ``start``: weights of an autoencoder to begin with; by default the run's own. ``scan``: a real CT, NIfTI or a
+        folder of DICOM, of which deformed copies are a fifth of what the decoder learns from.
         """
-        folder, others = self.run / "decoder", None
+        vqgan = load_vqgan(start, self.device)[0] if start is not None else self._first_vqgan()
+        path = Path(start) if start is not None else self.run / "vqgan"
+        history = training_history(read_safetensors(path / "weights.safetensors" if path.is_dir() else path)[1])
+        others = None
         if scan is not None:
             volume = self.preset.volume
             fine = ct.prepare_ct(ct.read_ct(scan), dataclasses.replace(volume, size=2 * volume.size))
             others = ct.hu_to_unit(deformed_copies(fine.hu, volume, 128, self.seed), volume)
         return train_decoder(
-            vqgan, self.patients("train"), self.preset, folder, self.seed, self.device, self.patients("val"),
-            stop_after, others,
+            vqgan, self.patients("train"), self.preset, self.run / "decoder", self.seed, self.device,
+            self.patients("val"), stop_after, others, history=history,
         )  # fmt: skip
 
     def weights(self, model: str) -> Path:

@@ -30,7 +30,7 @@ from .results import provenance
 from .stages import _common, _finished, _numbers, _prepare
 from .training import fit
 from .vqgan import VQGAN
-from .weights import latents_digest, load_vqgan, state_digest
+from .weights import latents_digest, load_vqgan, state_digest, training_history
 
 #: Weight of the mean squared error beside the mean absolute error, volumes in [-1, 1]: about equal shares.
 SQUARE_WEIGHT = 5.0
@@ -47,6 +47,7 @@ def train_decoder(
     stop_after: int | None = None,
     others: Float[Tensor, "n 1 z y x"] | None = None,
     others_share: float = 0.2,
+    history: list[dict[str, Any]] | None = None,
 ) -> VQGAN:
     """The autoencoder of ``folder``, whose decoder went on learning from ``vqgan``'s: loaded, else trained or resumed.
 
@@ -56,6 +57,7 @@ def train_decoder(
             the settings are ``preset.train_decoder``.
         others: further volumes in [-1, 1], such as :func:`difr3ct_core.deformation.deformed_copies` of a real CT.
         others_share: of the volumes of all steps, those that are of ``others``, if there are any.
+        history: the trainings behind ``vqgan`` (:func:`difr3ct_core.weights.training_history`), for the file to tell.
 
     Raises:
         InputError: ``vqgan`` has another shape than the preset's, or the share is none.
@@ -109,19 +111,17 @@ def train_decoder(
     model.decoder.load_state_dict(best.state_dict())
     model.latents_of = latents_digest(vqgan)
     if stop_after is None and processes.rank() == 0:
-        write_safetensors(
-            path,
-            model.state_dict(),
-            {
-                "kind": "vqgan",
-                "preset": preset.to_dict(),
-                "perceptual": False,
-                "latents_of": model.latents_of,
-                "fingerprint": fingerprint,
-                "settings": {"training": dataclasses.asdict(settings), "others": 0 if others is None else len(others)},
-                "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
-            },
-        )
+        metadata = {
+            "kind": "vqgan",
+            "preset": preset.to_dict(),
+            "perceptual": False,
+            "latents_of": model.latents_of,
+            "fingerprint": fingerprint,
+            "settings": {"training": dataclasses.asdict(settings), "others": 0 if others is None else len(others)},
+            "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
+        }
+        metadata["history"] = [*(history or []), *training_history(metadata)]
+        write_safetensors(path, model.state_dict(), metadata)
     return model.eval()
 
 

@@ -298,7 +298,6 @@ def main(arguments: list[str] | None = None) -> int:
     from .chapters import Chapter
     from .checks import pick_device
     from .presets import get_preset
-    from .weights import load_vqgan
 
     parser = argparse.ArgumentParser(prog="python -m difr3ct_core.training", description=main.__doc__.split(";")[0])
     parser.add_argument(
@@ -339,8 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.stage == "vqgan":
             chapter.vqgan(options.stop_after)
         elif options.stage == "decoder":
-            start = load_vqgan(options.weights, device)[0] if options.weights else chapter.first_vqgan()
-            chapter.decoder(start, options.stop_after, options.scan)
+            chapter.decoder(options.stop_after, options.weights, options.scan)
         elif options.stage == "initial":
             chapter.initial(options.views, options.stop_after, options.weights)
         else:

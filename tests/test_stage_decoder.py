@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import SMALL, patients, same
 
+from difr3ct_core.chapters import Chapter
 from difr3ct_core.files import InputError, read_safetensors
 from difr3ct_core.metrics import psnr
 from difr3ct_core.stage_decoder import train_decoder
@@ -86,3 +87,23 @@ def test_refusals(first, tmp_path):
     broken[:, :, 0, 0, 0] = float("nan")
     with pytest.raises((InputError, TrainingError)):
         train_decoder(first[0], patients(), QUICK, tmp_path / "c", others=broken, others_share=0.9)
+
+
+def test_a_chapter_has_its_decoder_trained_and_uses_it(tmp_path, monkeypatch):
+    preset = QUICK.replace(train_decoder={"steps": 4})
+    chapter = Chapter("x", preset, tmp_path, tmp_path / "run", 0, torch.device("cpu"))
+    monkeypatch.setattr(chapter, "patients", lambda split, views=None: patients(4 if split == "train" else 2))
+    chapter.shipped = False
+    found = chapter.vqgan()
+    first = load_vqgan(tmp_path / "run" / "vqgan")[0]
+    assert found.latents_of == state_digest(first) and not same(found.decoder, first.decoder)
+    assert same(chapter.vqgan(), found)  # and finds it finished
+    assert chapter.decoder_log() == tmp_path / "run" / "decoder"
+    metadata = read_safetensors(tmp_path / "run" / "decoder" / "weights.safetensors")[1]
+    assert [training["steps"] for training in metadata["history"]] == [3, 4]
+    # A decoder trained from weights, in a run without an autoencoder of its own.
+    other = Chapter("y", preset, tmp_path, tmp_path / "other", 0, torch.device("cpu"))
+    monkeypatch.setattr(other, "patients", chapter.patients)
+    other.shipped = False
+    assert same(other.decoder(start=tmp_path / "run" / "vqgan"), found)
+    assert same(other.vqgan(), found) and not (tmp_path / "other" / "vqgan").exists()
