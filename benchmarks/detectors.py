@@ -1,4 +1,4 @@
-"""What real detectors cost, for a model that learned from exact x-rays and for one that learned from theirs.
+"""What imperfect detectors cost (simulated): a model that learned from exact x-rays, and one that learned from theirs.
 
     python benchmarks/detectors.py [--preset small] [--views 8view] [--patients 8] [--samples 4] [--trained RUN]
 
@@ -29,7 +29,7 @@ from difr3ct_core.detector import Detector, detect
 from difr3ct_core.diffusion import LatentDiffusion
 from difr3ct_core.metrics import psnr
 from difr3ct_core.reconstruct import posterior_samples
-from difr3ct_core.weights import load_ldm
+from difr3ct_core.weights import latents_digest, load_ldm
 
 ROOT = Path(__file__).resolve().parents[1]
 CONDITIONS = {
@@ -65,14 +65,16 @@ def main() -> None:
     parser.add_argument("--views", default="8view")
     parser.add_argument("--patients", type=int, default=8)
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--trained", type=Path, help="run folder of a model that learned from such x-rays")
+    parser.add_argument("--trained", type=Path, required=True, help="run of a model that learned from such x-rays")
     options = parser.parse_args()
     chapter = open_chapter("detectors", options.preset, options.data)
     test = chapter.patients("test", options.views)
     some = test.take(range(min(options.patients, len(test))))
-    models = {"exact": chapter.ldm(options.views)}
-    if options.trained:
-        models["trained"] = load_ldm(options.trained / f"ldm-{options.views}", chapter.device)[0]
+    trained, autoencoder, _, metadata = load_ldm(options.trained / f"ldm-{options.views}", chapter.device)
+    if latents_digest(autoencoder) != latents_digest(chapter.vqgan()):
+        raise SystemExit(f"{options.trained}: was trained with another autoencoder; begin it with --weights.")
+    models = {"exact": chapter.ldm(options.views), "trained": trained}
+    about = {"trainings": metadata["history"], "detectors": metadata["fingerprint"].get("detectors")}
     volume, figures = chapter.preset.volume, {}
     for name, detector in CONDITIONS.items():
         xrays = detect(some.xrays, some.views, detector, torch.Generator().manual_seed(chapter.seed))
@@ -80,14 +82,13 @@ def main() -> None:
         found = {key: ways(ldm, chapter, some, xrays, options.samples) for key, ldm in models.items()}
         figures[f"detector_{name}"] = {
             "value": found["exact"]["none"]["psnr"], "unit": "dB", "patients": len(some), "samples": options.samples,
-            "views": options.views, "solver": quality(consistency.to_unit(mu, chapter.preset)[:, None], some), **found,
+            "views": options.views, "training": about,
+            "solver": quality(consistency.to_unit(mu, chapter.preset)[:, None], some), **found,
         }  # fmt: skip
         row = {key: {way: round(v["psnr"], 2) for way, v in found[key].items()} for key in found}
         print(f"{name}: solver {figures[f'detector_{name}']['solver']['psnr']:.2f} {row}", flush=True)
     words = f"python benchmarks/detectors.py --preset {options.preset} --views {options.views}"
-    words += f" --patients {options.patients} --samples {options.samples}" + (
-        " --trained RUN" if options.trained else ""
-    )
+    words += f" --patients {options.patients} --samples {options.samples} --trained RUN"
     update_results(ROOT / "benchmarks" / "results" / "trust.json", figures, words)
 
 

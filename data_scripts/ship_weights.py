@@ -79,9 +79,15 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
     if "start" in metadata["fingerprint"] or stage == "decoder":
         command += " --weights START"
     others = metadata["fingerprint"].get("others")
+    seen = " No real patient was trained on."
+    if stage == "ldm":
+        seen = " No real patient was trained on, but for what the card of its autoencoder says."
     if others:
         command += " --scan CT"
-    seen = f" {100 * others[1]:g} % of its steps saw one of {others[0]} deformed copies of a real CT." if others else ""
+        seen = f" {100 * others[1]:g} % of the volumes were deformed copies, {others[0]} in all, of one real CT."
+    if "detectors" in metadata["fingerprint"]:
+        command += " --detectors"
+        seen += f" X-rays of simulated imperfect detectors: {metadata['fingerprint']['detectors']}."
     size, initial = preset["volume"]["size"], preset.get("initial", {})
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
     if stage == "decoder":
@@ -94,7 +100,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         f"{kind} of DIFR3CT, "
         f"{size}³ voxels of {preset['volume']['fov_mm'] / size:g} mm. {megabytes:.1f} MB, stored as bfloat16.", "",
         f"- **Data**: {cohort['n_train']} synthetic phantom thoraxes, cohort `{cohort['cohort']}`, "
-        f"seed {cohort['seed']} (`data_scripts/make_phantoms.py`).{seen or ' No real patient was trained on.'}",
+        f"seed {cohort['seed']} (`data_scripts/make_phantoms.py`).{seen}",
         f"- **Training**: {training['steps']} steps, batch {training['batch_size']}, rate {training['lr']:g}, seed "
         f"{origin['seed']}, {origin['wall_s'] / 3600:.2f} h of wall time, on {origin['device']}, "
         f"commit {origin['commit']}, {origin['finished'][:10]}.",

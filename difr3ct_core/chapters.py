@@ -37,11 +37,12 @@ from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors
 from .initial_network import InitialNetwork
 from .presets import COHORTS, Preset, get_preset
-from .processes import first_alone
+from .processes import first_alone, rank
 from .results import Result, load_result, provenance, run_id, save_result
 from .stage_decoder import train_decoder
 from .stage_initial import train_initial
 from .stages import train_ldm, train_vqgan
+from .training import own_parts
 from .vqgan import VQGAN
 from .weights import load_ldm, load_vqgan, training_history
 
@@ -63,7 +64,7 @@ class Chapter:
 
     #: Whether weights that ship with the project are used where the run has none of its own.
     shipped = True
-    #: Whether diffusion models train on x-rays of real detectors (:func:`difr3ct_core.datasets.through_detectors`).
+    #: Whether diffusion models train on imperfect x-rays (:func:`difr3ct_core.datasets.through_detectors`).
     detectors = False
 
     def __init__(self, name: str, preset: Preset, data: Path, run: Path, seed: int, device: torch.device) -> None:
@@ -117,14 +118,17 @@ class Chapter:
         where the preset has one."""
         own = self.run / "decoder" / "weights.safetensors"
         if stop_after is None and own.exists() and not (self.run / "vqgan").exists():
-            return load_vqgan(own, self.device)[0]
+            found, preset = load_vqgan(own, self.device)
+            if (preset.vqgan, preset.volume) == (self.preset.vqgan, self.preset.volume):
+                return found
         if (path := self.weights("vqgan")).suffix:
             return load_vqgan(path, self.device)[0]
         if self.preset.train_decoder.steps and stop_after is None:
             return self.decoder()
-        return self._first_vqgan(stop_after)
+        return self.first_vqgan(stop_after)
 
-    def _first_vqgan(self, stop_after: int | None = None) -> VQGAN:
+    def first_vqgan(self, stop_after: int | None = None) -> VQGAN:
+        """The run's autoencoder before its decoder's own training: finished, or trained now."""
         return train_vqgan(
             self.patients("train"), self.preset, self.run / "vqgan", self.seed, self.device, self.patients("val"),
             stop_after, self.vgg16,
@@ -138,14 +142,24 @@ class Chapter:
         ``start``: weights of an autoencoder to begin with; by default the run's own. ``scan``: a real CT, NIfTI or a
         folder of DICOM, of which deformed copies are a fifth of what the decoder learns from.
         """
-        vqgan = load_vqgan(start, self.device)[0] if start is not None else self._first_vqgan()
-        path = Path(start) if start is not None else self.run / "vqgan"
-        history = training_history(read_safetensors(path / "weights.safetensors" if path.is_dir() else path)[1])
+        own_parts(self.preset.train_decoder)  # said before the autoencoder trains for hours
+        if not self.preset.train_decoder.steps:
+            raise InputError(
+                f"train_decoder.steps: found 0 in preset {self.preset.name!r}, which leaves the decoder's own training "
+                "out; set it with --set steps=8000."
+            )
         others = None
         if scan is not None:
+            if Path(scan).resolve().is_relative_to((self.data / "sample_ct" / "lidc_idri_0001").resolve()):
+                raise InputError(f"{scan}: LIDC-IDRI-0001 is the test patient and trains nothing; take another scan.")
             volume = self.preset.volume
             fine = ct.prepare_ct(ct.read_ct(scan), dataclasses.replace(volume, size=2 * volume.size))
             others = ct.hu_to_unit(deformed_copies(fine.hu, volume, 128, self.seed), volume)
+        vqgan = load_vqgan(start, self.device)[0] if start is not None else self.first_vqgan()
+        history = []
+        if rank() == 0:  # which alone writes the file
+            path = Path(start) if start is not None else self.run / "vqgan"
+            history = training_history(read_safetensors(path / "weights.safetensors" if path.is_dir() else path)[1])
         return train_decoder(
             vqgan, self.patients("train"), self.preset, self.run / "decoder", self.seed, self.device,
             self.patients("val"), stop_after, others, history=history,
@@ -205,7 +219,7 @@ class Chapter:
         )  # fmt: skip
 
     def _training(self, view_set: str | None) -> Patients:
-        """The training patients, through real detectors where the chapter is told so."""
+        """The training patients, through imperfect detectors where the chapter is told so."""
         train = self.patients("train", view_set)
         if not self.detectors:
             return train

@@ -14,6 +14,8 @@ Splits are drawn per *patient*: several scans of one person never fall on both s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -73,6 +75,7 @@ class Patients:
     xrays: Float[Tensor, "n view v u"]
     views: tuple[View, ...]
     volume: VolumePreset
+    detectors: dict[str, Any] | None = None  # of :func:`through_detectors`: their range and seed
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -139,12 +142,15 @@ def through_detectors(patients: Patients, seed: int = 0, limits: DetectorRange |
     Returns:
         patients whose names say it, so that nothing computed from the exact x-rays is taken for theirs.
     """
+    limits = limits or DetectorRange()
     seen = []
     for i, image in enumerate(patients.xrays):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
         seen.append(detect(image, patients.views, draw_detector(generator, limits), generator))
-    ids = tuple(f"{name}@detector{seed}" for name in patients.ids)
-    return dataclasses.replace(patients, ids=ids, xrays=torch.stack(seen))
+    about = {**dataclasses.asdict(limits), "seed": seed}
+    mark = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    ids = tuple(f"{name}@{mark}" for name in patients.ids)
+    return dataclasses.replace(patients, ids=ids, xrays=torch.stack(seen), detectors=json.loads(json.dumps(about)))
 
 
 def _data_key(preset: Preset) -> dict[str, Any]:

@@ -73,8 +73,13 @@ def train_decoder(
         "kind": "decoder",
         "training": _numbers(settings),
         "autoencoder": state_digest(vqgan),
+        "square_weight": SQUARE_WEIGHT,
     }
     if others is not None:
+        if others.ndim != 5 or tuple(others.shape[1:]) != (1, *preset.volume.shape) or not len(others):
+            raise InputError(
+                f"others: found shape {tuple(others.shape)}, expected (n, 1, z, y, x) on the preset's grid."
+            )
         fingerprint["others"] = [len(others), others_share, float(others.double().sum())]
     if _finished(path, fingerprint):
         return load_vqgan(path, device)[0]
@@ -96,10 +101,11 @@ def train_decoder(
         l1, square = error.abs().mean(), error.square().mean()
         return l1 + SQUARE_WEIGHT * square, {"l1": l1.detach(), "square": square.detach()}
 
+    truth = None if validation is None else validation.unit()
+    known = None if truth is None else _codes(model, truth, device)
+
     def validate(average: nn.Module) -> dict[str, float]:
-        assert validation is not None
-        truth = validation.unit()
-        known = _codes(model, truth, device)
+        assert truth is not None and known is not None
         with torch.no_grad():
             decoded = torch.cat([average(some.to(device)).clamp(-1, 1).cpu() for some in known.split(4)])
         return {"val_psnr": float(psnr(decoded, truth, 2.0).mean())}

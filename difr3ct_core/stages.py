@@ -147,6 +147,7 @@ def _seen(preset: Preset, train: Patients, vqgan: VQGAN, any_view: bool) -> dict
         "xray": dataclasses.asdict(preset.xray),
         "views": views_to_json(train.views),
         "autoencoder": latents_digest(vqgan),
+        **({"detectors": train.detectors} if train.detectors else {}),
         **({"any_view": dataclasses.asdict(preset.any_view)} if any_view else {}),
     }
 
@@ -305,6 +306,14 @@ def _validation_loss(
     return validate
 
 
+def _renew_decoder(path: Path, vqgan: VQGAN) -> None:
+    """Let a finished model's file, which holds its autoencoder, take that one's new decoder."""
+    if processes.rank() == 0 and state_digest(load_ldm(path)[1]) != state_digest(vqgan):
+        tensors, metadata = read_safetensors(path)
+        tensors |= {f"vqgan.{k}": v for k, v in vqgan.state_dict().items()}
+        write_safetensors(path, tensors, {**metadata, "latents_of": latents_digest(vqgan)})
+
+
 def train_ldm(
     train: Patients,
     vqgan: VQGAN,
@@ -364,6 +373,7 @@ def train_ldm(
     if first is not None:
         fingerprint["initial_network"] = state_digest(first)
     if _finished(path, fingerprint):
+        _renew_decoder(path, vqgan)
         return load_ldm(path, device)[0]
     if preset.initial.network != (first is not None):
         raise InputError(

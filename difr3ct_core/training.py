@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="to begin with: of an LDM; for the decoder, of a VQGAN")
     parser.add_argument("--scan", type=Path, help="decoder: a real CT; deformed copies of it join the training")
     parser.add_argument(
-        "--detectors", action="store_true", help="initial, LDM: x-rays of real detectors, noise and all"
+        "--detectors", action="store_true", help="initial, LDM: x-rays of simulated imperfect detectors"
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the cohorts")
     parser.add_argument("--run", type=Path, help="run folder (default: runs/PRESET)")
@@ -335,8 +335,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
         chapter.shipped = False
         chapter.detectors = options.detectors
+        if options.scan and options.stage != "decoder":
+            raise InputError("--scan: is for --stage decoder alone; leave it out.")
+        if options.detectors and (options.stage in ("vqgan", "decoder") or options.views == "any"):
+            raise InputError("--detectors: is for the stages initial and ldm with one set of views; leave it out.")
         if options.stage == "vqgan":
-            chapter.vqgan(options.stop_after)
+            chapter.first_vqgan(options.stop_after)
         elif options.stage == "decoder":
             chapter.decoder(options.stop_after, options.weights, options.scan)
         elif options.stage == "initial":

@@ -263,7 +263,7 @@ def fit_by_organ(
     level: float = 0.9,
     spread_bins: int = 6,
 ) -> dict[int, ConformalIntervals]:
-    """:func:`fit_conformal` for each organ by itself (label-conditional; Vovk 2012), for voxels whose organ is known.
+    """:func:`fit_conformal` for each organ by itself (Mondrian groups; Vovk 2012), for voxels whose organ is known.
 
     Intervals that do not know the organ hold 90 % of the voxels that *look* alike. The few of those that are a clavicle
     are the ones that differ from the rest, and can nearly all lie outside. No interval for all voxels can hold 90 % of

@@ -158,7 +158,8 @@ def export_weights(
     write_safetensors(path, small, {**metadata, "stored_as": str(dtype).removeprefix("torch.")})
     if autoencoder is not None and metadata["kind"] == "ldm":
         digest = latents_digest(load_vqgan(autoencoder)[0])
-        if digest == latents_digest(load_ldm(path)[1]):
+        # The name of the latents may be of before the rounding or of after it.
+        if digest in (latents_digest(load_ldm(run)[1]), latents_digest(load_ldm(path)[1])):
             small = {k: v for k, v in small.items() if not k.startswith("vqgan.")}
             metadata["autoencoder"] = {"file": Path(autoencoder).name, "digest": digest}
             write_safetensors(path, small, {**metadata, "stored_as": str(dtype).removeprefix("torch.")})

@@ -46,16 +46,56 @@ def test_a_larger_body_has_the_cube_of_the_factor_in_volume(factor):
     )
 
 
-def test_turns_and_shifts_keep_the_mass_and_move_the_centre():
-    limits = Deformation((1.0, 1.0), 8.0, 12.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    copies = deformed_copies(ball(at=(60, 0, 0), radius_mm=50), VOLUME, 6, limits=limits)
-    centre = (torch.arange(32) + 0.5) * 10 - 160
-    for copy in copies[:, 0]:
-        assert mass(copy) == pytest.approx(mass(ball(50.0)), rel=0.005)
-        density = copy - AIR_HU
-        place = [float((density.sum(other) * centre).sum() / density.sum()) for other in ((1, 2), (0, 2), (0, 1))]
-        away = sum((a - b) ** 2 for a, b in zip(place, (0, 0, 60), strict=True)) ** 0.5
-        assert 0.1 < away < 12 * 3**0.5 + 60 * 0.25  # a shift, and turns of up to 8 degrees about each axis
+def centre_of(density: torch.Tensor) -> torch.Tensor:
+    """Centre of mass (x, y, z) in mm of a cube of 320 mm."""
+    n = density.shape[-1]
+    at, total = (torch.arange(n) + 0.5) * (320 / n) - 160, density.sum()
+    return torch.stack([(density.sum(other) * at).sum() / total for other in ((0, 1), (0, 2), (1, 2))])
+
+
+def test_turns_keep_distance_and_mass_and_shifts_are_even_in_their_limits():
+    start = torch.tensor([60.0, 30.0, -40.0])
+    turned = Deformation((1.0, 1.0), 8.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    places = []
+    for copy in deformed_copies(ball(40.0, at=tuple(start.tolist())), VOLUME, 12, limits=turned)[:, 0]:
+        assert mass(copy) == pytest.approx(mass(ball(40.0)), rel=0.005)
+        places.append(centre_of(copy - AIR_HU))
+        assert float(places[-1].norm()) == pytest.approx(float(start.norm()), abs=0.3)
+    moved = (torch.stack(places) - start).norm(dim=1)
+    # Up to three turns of 8 degrees; half a turn of that is met by some copy.
+    assert moved.max() < 3**0.5 * 0.14 * 78 * 1.1 and moved.max() > 0.5 * 0.14 * 78
+    shifted = Deformation((1.0, 1.0), 0.0, 12.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    copies = deformed_copies(ball(40.0, at=tuple(start.tolist())), VOLUME, 40, limits=shifted)[:, 0]
+    shifts = torch.stack([centre_of(copy - AIR_HU) for copy in copies]) - start
+    assert shifts.abs().max() < 12.2
+    assert (shifts.std(0) - 12 / 3**0.5).abs().max() < 1.6 and (shifts.mean(0).abs() < 3.5).all()
+
+
+@pytest.mark.parametrize(("coarse", "fine"), [(6.0, 0.0), (0.0, 4.0)])
+def test_elastic_displacements_have_the_deviation_asked_for(coarse, fine):
+    # A ramp along x shows the displacement along x, voxel by voxel, away from the faces.
+    ramp = ((torch.arange(64) + 0.5) * 5 - 160).expand(64, 64, 64).clone()  # HU = mm
+    limits = Deformation((1.0, 1.0), 0.0, 0.0, coarse, fine, 0.0, 0.0, 0.0)
+    copies = deformed_copies(ramp, VOLUME, 24, limits=limits)[:, 0, 4:-4, 4:-4, 4:-4]
+    still = deformed_copies(ramp, VOLUME, 1, limits=STILL)[0, 0, 4:-4, 4:-4, 4:-4]
+    # Linear interpolation between independent nodes leaves (2/3)^3 of their variance, on the average over a cell.
+    assert float((copies - still).square().mean().sqrt()) == pytest.approx((coarse + fine) * (2 / 3) ** 1.5, rel=0.1)
+
+
+def test_the_offset_is_of_the_body_and_not_of_the_air():
+    limits = Deformation((1.0, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0, 15.0, 0.0)
+    copies = deformed_copies(ball(), VOLUME, 20, limits=limits)[:, 0]
+    assert torch.equal(copies[:, 0, 0, 0], torch.full((20,), AIR_HU))
+    offsets = copies[:, 16, 16, 16]
+    assert offsets.abs().max() <= 15.01 and 6 < float(offsets.std()) < 11
+
+
+def test_beyond_the_scan_the_trunk_goes_on():
+    trunk = ball(70.0)[32].expand(64, 64, 64).clone()  # the same disc in every slice
+    limits = Deformation((0.9, 0.9), 0.0, 12.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    for copy in deformed_copies(trunk, VOLUME, 4, limits=limits)[:, 0]:
+        areas = (copy > -500).double().sum((1, 2))
+        assert areas.min() == areas.max() > 0
 
 
 def test_attenuation_rises_by_the_share_drawn():

@@ -68,10 +68,22 @@ def test_diffusion_models_of_the_old_decoder_work_with_the_new(first, tmp_path):
     train = patients().with_views("2view")
     train_ldm(train, vqgan, SMALL, tmp_path / "2view")
     better = train_decoder(vqgan, patients(), QUICK.replace(train_decoder={"steps": 3}), tmp_path / "decoder")
-    export_weights(folder / "vqgan", tmp_path / "shared.safetensors", torch.float32)
-    export_weights(tmp_path / "2view", tmp_path / "ldm.safetensors", torch.float32, tmp_path / "shared.safetensors")
-    export_weights(tmp_path / "decoder", tmp_path / "shared.safetensors", torch.float32)
-    assert same(load_ldm(tmp_path / "ldm.safetensors")[1].decoder, better.decoder)
+    # Shipped in half precision, before and after the decoder's training: the two still belong together.
+    for first_file in (folder / "vqgan", tmp_path / "decoder"):
+        shared = tmp_path / first_file.name
+        export_weights(first_file, shared.with_suffix(".safetensors"))
+        export_weights(tmp_path / "2view", tmp_path / "ldm.safetensors", autoencoder=shared.with_suffix(".safetensors"))
+        tensors, metadata = read_safetensors(tmp_path / "ldm.safetensors")
+        assert metadata["autoencoder"]["file"] == f"{first_file.name}.safetensors"
+        assert not any(name.startswith("vqgan.") for name in tensors)
+    rounded = {k: v.to(torch.bfloat16).float() for k, v in better.decoder.state_dict().items()}
+    assert all(
+        torch.equal(v, rounded[k]) for k, v in load_ldm(tmp_path / "ldm.safetensors")[1].decoder.state_dict().items()
+    )
+    # A finished run takes the new decoder when it is opened with it, and stays finished.
+    assert not same(load_ldm(tmp_path / "2view")[1], better)
+    train_ldm(train, better, SMALL, tmp_path / "2view")
+    assert same(load_ldm(tmp_path / "2view")[1], better) and not (tmp_path / "2view.old1").exists()
     # And one that is trained with the new one says whose latents it lives in.
     train_ldm(train, better, SMALL, tmp_path / "new")
     assert load_ldm(tmp_path / "new")[1].latents_of == state_digest(vqgan)
@@ -83,6 +95,14 @@ def test_refusals(first, tmp_path):
         train_decoder(first[0], patients(), QUICK.replace(vqgan={"base_channels": 16}), tmp_path / "a")
     with pytest.raises(InputError, match=r"others_share: found 1, expected a share from 0 to below 1"):
         train_decoder(first[0], patients(), QUICK, tmp_path / "b", others=patients().unit(), others_share=1.0)
+    with pytest.raises(InputError, match=r"others: found shape \(4, 1, 8, 16, 16\), expected \(n, 1, z, y, x\) on"):
+        train_decoder(first[0], patients(), QUICK, tmp_path / "d", others=patients().unit()[:, :, ::2])
+    chapter = Chapter("x", SMALL, tmp_path, tmp_path / "run", 0, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"train_decoder\.steps: found 0 in preset 'tiny', which leaves the decoder's"):
+        chapter.decoder()
+    chapter = Chapter("x", QUICK, tmp_path, tmp_path / "run", 0, torch.device("cpu"))
+    with pytest.raises(InputError, match="LIDC-IDRI-0001 is the test patient and trains nothing"):
+        chapter.decoder(scan=tmp_path / "sample_ct" / "lidc_idri_0001" / "ct.nii.gz")
     broken = patients().unit()
     broken[:, :, 0, 0, 0] = float("nan")
     with pytest.raises((InputError, TrainingError)):

@@ -128,7 +128,7 @@ def dose(result: Result) -> Figure:
 
 @styled
 def detectors(result: Result) -> Figure:
-    """Real detectors, for a model that learned from exact x-rays and one that learned from theirs.
+    """Imperfect detectors, for a model that learned from exact x-rays and one that learned from theirs.
 
     Arrays: ``psnr_solver``, ``psnr_exact_none``, ``psnr_exact_tv``, ``psnr_trained_none``, ``psnr_trained_tv`` (dB, one
     a condition); value ``names`` of the conditions.
@@ -141,7 +141,7 @@ def detectors(result: Result) -> Figure:
         ("solver", "TV alone", "s", "green", True, 0.0),
         ("exact_none", "learned from exact x-rays, as drawn", "o", "red", True, 0.12),
         ("exact_tv", "the same, corrected", "D", "blue", True, 0.12),
-        ("trained_none", "learned from real detectors, as drawn", "o", "red", False, -0.12),
+        ("trained_none", "went on with imperfect detectors, as drawn", "o", "red", False, -0.12),
         ("trained_tv", "the same, corrected", "D", "blue", False, -0.12),
     ):
         face = COLOURS[colour] if filled else "white"
@@ -152,7 +152,7 @@ def detectors(result: Result) -> Figure:
     ax.grid(True, axis="x", linewidth=0.6)
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8.5)
     gain = float(np.mean(a["psnr_trained_none"][1:] - a["psnr_exact_none"][1:]))
-    title = (
-        f"Learning from real detectors is worth {gain:.1f} dB on them" if gain > 0 else "Learning from real detectors"
-    )
+    title = "What imperfect detectors cost"
+    if gain > 0:
+        title += f"; a model that has met them is {gain:.1f} dB better on them"
     return finish(figure, result, title)
