@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from ..results import Result
 from .style import COLOURS, VIEW_COLOURS, VIEW_NAMES, Column, Scale, finish, new_figure, slice_grid, styled, top
@@ -41,6 +42,9 @@ def consistency(result: Result) -> Figure:
         ax.grid(True, axis="x", linewidth=0.6)
         if key == "misfit":
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter("")
         if key == "seconds":
             ax.set_xlim(left=0)
     axes[0, 0].set_yticks(y, names)
