@@ -226,7 +226,7 @@ def detection(result: Result) -> Figure:
     ``auc_finding`` (finding -> area by the residual), ``threshold``; ``real``, residual of the real scan, or None.
     """
     a, v = result.arrays, result.values
-    figure, axes = new_figure(10.0, 4.3, 1, 2, width_ratios=(1, 1.35))
+    figure, axes = new_figure(10.0, 5.2, 1, 2, width_ratios=(1, 1.35))
     ax = axes[0, 0]
     ax.plot([0, 100], [0, 100], "--", color=COLOURS["grey"], linewidth=1)
     for name, (words, colour) in DETECTORS.items():
@@ -235,7 +235,10 @@ def detection(result: Result) -> Figure:
     ax.set_xlabel("normal chests flagged, %")
     ax.set_ylabel("altered chests flagged, %")
     ax.set_aspect("equal")
-    ax.legend(loc="lower right", fontsize=8.5, title="area under the curve", title_fontsize=8.5)
+    ax.legend(  # below: six curves leave no corner free
+        loc="upper center", bbox_to_anchor=(0.4, -0.17), ncol=2, fontsize=8, title="area under the curve",
+        title_fontsize=8.5, columnspacing=1.0,
+    )  # fmt: skip
     ax = axes[0, 1]
     kinds = sorted(v["auc_finding"], key=lambda name: v["auc_finding"][name])
     findings = np.asarray(v["findings"])
@@ -253,7 +256,7 @@ def detection(result: Result) -> Figure:
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     ax.tick_params(axis="y", length=0)
     ax.set_xlim(left=0)
-    ax.set_xlabel("re-projection residual, % (dashed: 95th percentile of normal)")
+    ax.set_xlabel("residual, % (dashed: 95th percentile of normal)")
     ax.set_title("One dot a chest; area under the curve of the residual", loc="left")
     for ax in axes[0]:
         ax.grid(True, axis="both" if ax is axes[0, 0] else "x", linewidth=0.6)
