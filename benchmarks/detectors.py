@@ -1,12 +1,14 @@
 """What imperfect detectors cost (simulated): a model that learned from exact x-rays, and one that learned from theirs.
 
-    python benchmarks/detectors.py [--preset small] [--views 8view] [--patients 8] [--samples 4] [--trained RUN]
+    python benchmarks/detectors.py [--preset small] [--views 8view] [--patients 8] [--samples 4] --trained RUN
 
 On held-out phantoms, PSNR of the mean with the peak of the HU window: as drawn, corrected
 (:mod:`difr3ct_core.consistency`), and of total variation alone. ``RUN`` holds the other model, for instance of
 
-    python -m difr3ct_core.training --stage ldm --views 8view --preset small --detectors --run RUN
-        --weights pretrained/small-ldm-8view.safetensors
+    S="--preset small --views 8view --detectors --run RUN --weights pretrained/small-ldm-8view.safetensors"
+    python -m difr3ct_core.training --stage initial $S --set steps=2000 lr=0.0002 warmup_steps=50 initial.iterations=40
+    python -m difr3ct_core.training --stage ldm $S --set steps=120 lr=0.0004 warmup_steps=20 initial.iterations=40 \\
+        train_initial.steps=2000 train_initial.lr=0.0002 train_initial.warmup_steps=50
 
 Writes into ``results/trust.json`` one entry for each condition, ``detector_CONDITION``: ``value`` of the samples as
 drawn, and in ``exact`` and ``trained`` every way of each model. The solver knows nothing of either.
@@ -15,11 +17,13 @@ drawn, and in ``exact`` and ``trained`` every way of each model. The solver know
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from _results import update_results
+from trust import corrected, decibels
 
 from difr3ct_core import consistency
 from difr3ct_core.baselines.classical import tv_body
@@ -27,7 +31,6 @@ from difr3ct_core.chapters import Chapter, open_chapter
 from difr3ct_core.datasets import Patients
 from difr3ct_core.detector import Detector, detect
 from difr3ct_core.diffusion import LatentDiffusion
-from difr3ct_core.metrics import psnr
 from difr3ct_core.reconstruct import posterior_samples
 from difr3ct_core.weights import latents_digest, load_ldm
 
@@ -46,16 +49,14 @@ CONDITIONS = {
 
 def quality(volumes: torch.Tensor, patients: Patients) -> dict[str, Any]:
     """PSNR of the mean over samples (patient, sample, z, y, x): mean over patients, and each."""
-    values = psnr(volumes.mean(1, keepdim=True), patients.unit(), 2.0)
+    values = decibels(volumes, patients)
     return {"psnr": float(values.mean()), "patients": [round(float(v), 3) for v in values]}
 
 
-def ways(ldm: LatentDiffusion, chapter: Chapter, some: Patients, xrays: torch.Tensor, samples: int) -> dict[str, Any]:
+def ways(ldm: LatentDiffusion, chapter: Chapter, seen: Patients, samples: int) -> dict[str, Any]:
     """As drawn and corrected."""
-    drawn = posterior_samples(ldm, chapter.vqgan(), xrays, some.views, samples, chapter.seed)
-    pairs = zip(drawn, xrays, strict=True)
-    moved = torch.stack([consistency.correct(s, p, some.views, chapter.preset, "tv") for s, p in pairs])
-    return {"none": quality(drawn, some), "tv": quality(moved, some)}
+    drawn = posterior_samples(ldm, chapter.vqgan(), seen.xrays, seen.views, samples, chapter.seed)
+    return {"none": quality(drawn, seen), "tv": quality(corrected(drawn, seen, chapter, "tv"), seen)}
 
 
 def main() -> None:
@@ -77,9 +78,10 @@ def main() -> None:
     about = {"trainings": metadata["history"], "detectors": metadata["fingerprint"].get("detectors")}
     volume, figures = chapter.preset.volume, {}
     for name, detector in CONDITIONS.items():
-        xrays = detect(some.xrays, some.views, detector, torch.Generator().manual_seed(chapter.seed))
-        mu = tv_body(xrays, some.views, volume.shape, volume.spacing_mm)
-        found = {key: ways(ldm, chapter, some, xrays, options.samples) for key, ldm in models.items()}
+        noise = torch.Generator().manual_seed(chapter.seed)
+        seen = dataclasses.replace(some, xrays=detect(some.xrays, some.views, detector, noise))
+        mu = tv_body(seen.xrays, some.views, volume.shape, volume.spacing_mm)
+        found = {key: ways(ldm, chapter, seen, options.samples) for key, ldm in models.items()}
         figures[f"detector_{name}"] = {
             "value": found["exact"]["none"]["psnr"], "unit": "dB", "patients": len(some), "samples": options.samples,
             "views": options.views, "training": about,

@@ -84,32 +84,35 @@ def trunk(mean: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Usual:
-    """What x-rays and misfits of training patients are like; the misfits are known after the second step of making."""
+    """What x-rays and misfits of training patients are like; arrays of (view, v, u) but for the components."""
 
-    centre: torch.Tensor  # (view, v, u), mean x-rays
+    centre: torch.Tensor  # mean x-rays
     components: torch.Tensor  # (150, view v u)
-    rest: torch.Tensor  # (view, v, u), deviation of what the components leave
-    misfit_mean: torch.Tensor | None = None  # (view, v, u)
-    misfit_deviation: torch.Tensor | None = None
+    rest: torch.Tensor  # deviation of what the components leave
+    misfit_mean: torch.Tensor
+    misfit_deviation: torch.Tensor
 
     @classmethod
-    def of(cls, xrays: torch.Tensor) -> Usual:
-        """From the x-rays of training patients, two thirds of them for the components."""
-        some = xrays[: 2 * len(xrays) // 3]
-        centre = some.mean(0)
-        components = torch.linalg.svd((some - centre).flatten(1), full_matrices=False)[2][:150]
-        found = cls(centre, components, torch.ones_like(centre))
-        return dataclasses.replace(found, rest=floored(found.outside(xrays[len(some) :]).std(0)))
+    def of(cls, xrays: torch.Tensor, misfits: torch.Tensor) -> Usual:
+        """From the x-rays of training patients, two thirds of them for the components, and misfits of some."""
+        some, others = xrays.split([2 * len(xrays) // 3, len(xrays) - 2 * len(xrays) // 3])
+        components = torch.linalg.svd((some - some.mean(0)).flatten(1), full_matrices=False)[2][:150]
+        rest = floored(left_by(components, others - some.mean(0)).std(0))
+        return cls(some.mean(0), components, rest, misfits.mean(0), floored(misfits.std(0)))
 
     def outside(self, xrays: torch.Tensor) -> torch.Tensor:
-        """What the components leave of x-rays, averaged along z, over its deviation."""
-        flat = (xrays - self.centre).flatten(1)
-        left = (flat - flat @ self.components.T @ self.components).view_as(xrays)
-        return avg_pool2d(left, (7, 1), 1, (3, 0)) / self.rest
+        """What the components leave of x-rays over its usual deviation."""
+        return left_by(self.components, xrays - self.centre) / self.rest
 
-    def with_misfits(self, misfits: torch.Tensor) -> Usual:
-        """With those of training patients, averaged over 3 x 3 pixels."""
-        return dataclasses.replace(self, misfit_mean=misfits.mean(0), misfit_deviation=floored(misfits.std(0)))
+    def unusual(self, missed: torch.Tensor) -> torch.Tensor:
+        """A misfit less its mean and over its deviation."""
+        return (missed - self.misfit_mean) / self.misfit_deviation
+
+
+def left_by(components: torch.Tensor, centred: torch.Tensor) -> torch.Tensor:
+    """What principal components leave of centred x-rays, averaged over 7 pixels along z."""
+    flat = centred.flatten(1)
+    return avg_pool2d((flat - flat @ components.T @ components).view_as(centred), (7, 1), 1, (3, 0))
 
 
 def floored(deviation: torch.Tensor) -> torch.Tensor:
@@ -130,7 +133,7 @@ def usual_of(chapter: Chapter, samples: int, count: int = 48) -> Usual:
     few = train.take(range(min(count, len(train))))
     drawn = posterior_samples(chapter.ldm("2view"), chapter.vqgan(), few.xrays, few.views, samples, chapter.seed)
     misfits = torch.stack([misfit(chapter, v, p, few) for v, p in zip(drawn, few.xrays, strict=True)])
-    return Usual.of(train.xrays).with_misfits(misfits)
+    return Usual.of(train.xrays, misfits)
 
 
 def observe(
@@ -150,9 +153,7 @@ def observe(
         scores["spread_95"].append(float(inside.quantile(0.95)))
         missed = misfit(chapter, volumes, images, patients)
         scores["peak"].append(float(missed.abs().max()))
-        assert usual.misfit_mean is not None and usual.misfit_deviation is not None
-        unusual = (missed - usual.misfit_mean) / usual.misfit_deviation
-        scores["standardised"].append(float(unusual.abs().flatten().quantile(0.99)))
+        scores["standardised"].append(float(usual.unusual(missed).abs().flatten().quantile(0.99)))
         scores["xray_alone"].append(float(usual.outside(images[None]).abs().flatten().quantile(0.99)))
         maps.append(std)
     return {name: torch.tensor(values) for name, values in scores.items()}, torch.stack(maps)

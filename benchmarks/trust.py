@@ -152,7 +152,7 @@ def intervals(chapter: Chapter, count: int, samples: int, view_set: str = "2view
         body = {split: part[0].labels != LABELS["air"] for split, part in parts.items()}
         calibrating, where = parts["val"][0], body["val"]
         numbers = torch.arange(len(calibrating))[:, None, None, None].expand(where.shape)
-        patient, where_known = numbers[where], where
+        patient = numbers[where]
         weight = organ_weight(calibrating.labels[where])
         fitted = fit_conformal(*(v[where] for v in parts["val"][1:]), 0.9, patient=patient, weight=weight)
         test, mean, std, truth = parts["test"]
@@ -165,9 +165,7 @@ def intervals(chapter: Chapter, count: int, samples: int, view_set: str = "2view
             "patients": len(test), "calibration_patients": len(calibrating), "by_patient": by_patient,
             "mean_half_width_hu": float(width[where].mean()), "uncalibrated": 100 * raw, "asked": 100 * fitted.asked,
         }  # fmt: skip
-        known = fit_by_organ(
-            *(v[where_known] for v in parts["val"][1:]), calibrating.labels[where_known], numbers[where_known]
-        )
+        known = fit_by_organ(*(v[body["val"]] for v in parts["val"][1:]), calibrating.labels[body["val"]], patient)
         told = torch.zeros_like(inside)
         organs = {}
         for organ, label in LABELS.items():

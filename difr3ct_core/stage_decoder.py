@@ -123,7 +123,7 @@ def train_decoder(
             "perceptual": False,
             "latents_of": model.latents_of,
             "fingerprint": fingerprint,
-            "settings": {"training": dataclasses.asdict(settings), "others": 0 if others is None else len(others)},
+            "settings": {"training": dataclasses.asdict(settings)},
             "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
         }
         metadata["history"] = [*(history or []), *training_history(metadata)]

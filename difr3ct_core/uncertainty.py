@@ -267,7 +267,7 @@ def fit_by_organ(
 
     Intervals that do not know the organ hold 90 % of the voxels that *look* alike. The few of those that are a clavicle
     are the ones that differ from the rest, and can nearly all lie outside. No interval for all voxels can hold 90 % of
-    every organ without being far too wide for the others; one that is told the organ, by a contour, can.
+    every organ without being far too wide for the others; one that is told the true organ can.
 
     Args:
         mean, std, truth, patient, level, spread_bins: as in :func:`fit_conformal`.

@@ -115,6 +115,8 @@ def test_provenance_is_under_the_figure_and_style_does_not_leak() -> None:
         ORIGIN,
     )
     figure = models.autoencoder_training(result)
+    last = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[-1].lines}
+    assert last["decoder alone, whole volumes"] == [[10, 30.0], [15, 31.0], [20, 32.0]]  # goes on where the other ends
     line = figure.get_supxlabel()
     for part in ("vqgan_training", "preset tiny", "seed 7", "commit abc123", "CPU test", "3 s", "2026-01-02"):
         assert part in line
@@ -180,3 +182,17 @@ def test_no_figure_can_call_a_model() -> None:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 assert not any(name.startswith(("torch", "difr3ct_core")) for name in names), path.name
+
+
+@pytest.mark.parametrize(("trained", "words"), [(32.0, "a model that has met them is 3.0 dB better"), (28.0, "cost")])
+def test_detectors_show_every_condition_and_say_who_is_better(trained: float, words: str) -> None:
+    from difr3ct_core.figures import beyond
+
+    arrays = {f"psnr_{key}": np.array([30.0, 29.0]) for key in ("solver", "exact_none", "exact_tv", "trained_tv")}
+    result = Result(
+        "detectors", {**arrays, "psnr_trained_none": np.array([30.0, trained])}, {"names": ["ideal", "few"]}, ORIGIN
+    )
+    figure = beyond.detectors(result)
+    assert words in figure.get_suptitle()
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["ideal", "few"]
+    assert len(figure.axes[0].lines) == 5
