@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from difr3ct_core.files import InputError, atomic_path, read_json, read_safetensors
+from difr3ct_core.stage_decoder import SQUARE_WEIGHT
 from difr3ct_core.weights import export_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
     size, initial = preset["volume"]["size"], preset.get("initial", {})
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
     if stage == "decoder":
-        judges = "of the decoder, L1 and 5 times the square; the encoder and the codes are those of START, unchanged"
+        judges = f"of the decoder, L1 and {SQUARE_WEIGHT:g} times the square; encoder and codes are START's"
     elif preset["vqgan"].get("image_gan_weight") or metadata.get("perceptual"):
         judges = "L1, commitment, adversarial" + (", perceptual" if metadata.get("perceptual") else "")
     kind = "3D VQGAN" if stage != "ldm" else "Conditional latent diffusion model, for the VQGAN beside it,"

@@ -44,7 +44,7 @@ from .stage_initial import train_initial
 from .stages import train_ldm, train_vqgan
 from .training import own_parts
 from .vqgan import VQGAN
-from .weights import load_ldm, load_vqgan, training_history
+from .weights import load_ldm, load_vqgan, training_history, weights_file
 
 
 def project_root() -> Path:
@@ -158,8 +158,7 @@ class Chapter:
         vqgan = load_vqgan(start, self.device)[0] if start is not None else self.first_vqgan()
         history = []
         if rank() == 0:  # which alone writes the file
-            path = Path(start) if start is not None else self.run / "vqgan"
-            history = training_history(read_safetensors(path / "weights.safetensors" if path.is_dir() else path)[1])
+            history = training_history(read_safetensors(weights_file(start or self.run / "vqgan"))[1])
         return train_decoder(
             vqgan, self.patients("train"), self.preset, self.run / "decoder", self.seed, self.device,
             self.patients("val"), stop_after, others, history=history,

@@ -22,6 +22,12 @@ from .presets import Preset
 from .vqgan import VQGAN
 
 
+def weights_file(path: str | Path) -> Path:
+    """The file of weights that ``path`` is or, if it is a run's folder, holds."""
+    path = Path(path)
+    return path / "weights.safetensors" if path.is_dir() else path
+
+
 def load_vqgan(path: str | Path, device: str | torch.device = "cpu") -> tuple[VQGAN, Preset]:
     """A finished autoencoder and its preset.
 
@@ -42,9 +48,7 @@ def _read_weights(
     path: str | Path, kind: str, required: tuple[str, ...]
 ) -> tuple[Path, dict[str, Tensor], Preset, dict[str, Any]]:
     """The file, its tensors, its preset and all its metadata."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "weights.safetensors"
+    path = weights_file(path)
     if not path.exists() and (path.parent / "checkpoint.safetensors").exists():
         raise InputError(f"{path}: no such file, but a checkpoint; the training is not finished, run it again.")
     tensors, metadata = read_safetensors(path)
@@ -107,7 +111,7 @@ def load_initial(path: str | Path, device: str | torch.device = "cpu") -> tuple[
         InputError: neither, or truncated, or of another version.
     """
     path = Path(path)
-    if read_safetensors(path / "weights.safetensors" if path.is_dir() else path)[1].get("kind") == "ldm":
+    if read_safetensors(weights_file(path))[1].get("kind") == "ldm":
         model, _, preset, metadata = load_ldm(path, device)
         if model.initial_network is None:
             raise InputError(f"{path}: holds a diffusion model without an initial network, expected one with it.")
@@ -149,7 +153,7 @@ def export_weights(
             it instead of holding it. One that was trained with another holds its own all the same.
     """
     run = Path(run)
-    tensors, metadata = read_safetensors(run / "weights.safetensors" if run.is_dir() else run)
+    tensors, metadata = read_safetensors(weights_file(run))
     kept = ("codebook", "latent_scale", "latent_shift")
     small = {
         k: v if not v.is_floating_point() or any(name in k for name in kept) else v.to(dtype)
