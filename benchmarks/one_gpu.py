@@ -2,18 +2,24 @@
 """Every model of Tables I and II on one GPU in some minutes, trained beside each other and scored.
 
     nvidia-cuda-mps-control -d               # lets small kernels of several processes run at once; optional
-    python benchmarks/one_gpu.py --presets small small-thoracic --data data --out OUT --lung-s 375 --thoracic-s 120
+    python benchmarks/one_gpu.py --presets small small-thoracic --data data --out OUT --seconds 375 120
 
-The committed run had 2048 instead of 768 patients of ``lung``: a preset as a JSON file with ``cohort.n_train`` changed,
-and its phantoms drawn by ``data_scripts/make_phantoms.py --preset FILE``.
+More patients of ``lung`` than the preset has: a preset as a JSON file with ``cohort.n_train`` changed, its phantoms
+drawn by ``data_scripts/make_phantoms.py --preset FILE``. A third preset, of ``intact``, trains DIFR3CT at eight views
+for the radiotherapy study.
 
 One process for a method and its views. All start together on ``lung`` and share the GPU; the steps of each are planned
 for the same time from how long its first ones take, so that every schedule of the learning rate comes to its end. Some
 end early or late for it: the tables print the minutes that each had and the patients that it saw. Then every model goes
 on from there on ``thoracic`` until the second time is over (Table II); who was late has little of it.
 
+All begin with random weights; with ``--start pretrained`` DIFR3CT goes on from those that ship instead, the any-view
+model from the 4-view one. ``detectors/8view`` is DIFR3CT on x-rays of imperfect detectors
+(:func:`difr3ct_core.datasets.through_detectors`), for ``benchmarks/detectors.py``.
+
 Writes into ``--out``: ``small-ldm-VIEWS.safetensors`` (bfloat16), ``tables.json`` and ``tables_COHORT.npz`` (as
-``benchmarks/tables.py``), and ``steps.json``, what was trained for how many steps. Logs stay in ``--run``.
+``benchmarks/tables.py``), and ``steps.json``, what was trained for how many steps. Logs stay in ``--run``, and models
+of the other cohorts and of ``detectors`` in its folder ``export``.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,30 +41,33 @@ import torch
 from _results import update_results
 
 from difr3ct_core import training
-from difr3ct_core.baselines.presets import get_baselines
+from difr3ct_core.baselines.presets import get_baselines, with_training
 from difr3ct_core.baselines.registry import METHODS, Options
 from difr3ct_core.baselines.tables import compare, measure, middle_slices
 from difr3ct_core.chapters import Chapter, project_root
+from difr3ct_core.datasets import Patients
 from difr3ct_core.files import read_json, read_npz, write_json, write_npz
 from difr3ct_core.latents import encoded, solved
-from difr3ct_core.presets import VIEW_SETS, Preset, get_preset
+from difr3ct_core.presets import COHORTS, VIEW_SETS, Preset, get_preset
 from difr3ct_core.results import device_name
+from difr3ct_core.stages import fan_angles
 from difr3ct_core.vqgan_losses import Perceptual
-from difr3ct_core.weights import export_weights
+from difr3ct_core.weights import export_weights, load_ldm
 
 #: What differs from the preset, which CPUs train: larger batches, which a GPU computes in the same time.
-INITIAL = {"batch_size": 8, "lr": 5e-4, "warmup_steps": 100}
+INITIAL = {"batch_size": 16, "lr": 5e-4, "warmup_steps": 100}
 LDM = {"batch_size": 32, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995}
 QUIET = {"checkpoint_every_s": 1e6, "validate_every": 0}
 #: Steps from which the time of one is reckoned, and the share of the time that is then planned for.
 TRIAL, PLANNED = 40, 0.88
 #: Share of DIFR3CT's time that its initial network gets.
-INITIAL_SHARE = 0.45
-#: Learning rates of the second cohort, of the first's.
-SECOND = 0.4
+INITIAL_SHARE = 0.5
+INRR3CT = ["batch_size=8", "lr=0.0003", "warmup_steps=100"]
+#: Learning rates where DIFR3CT goes on from weights, and of the cohorts after the first, of those above.
+FURTHER, SECOND = 0.7, 0.4
 COMMAND = "python benchmarks/one_gpu.py"
 #: Samples whose mean is scored; 3D Diffusion, in voxels, draws fewer.
-SAMPLES, VOXEL_SAMPLES = 8, 2
+SAMPLES, VOXEL_SAMPLES = 16, 2
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,8 @@ class Plan:
     patients: int
     ends: dict[str, float]  # cohort -> seconds of time.monotonic() at which its training is over
     smoke: int  # steps of every training, to try it out
+    start: Path | None  # folder of weights that DIFR3CT goes on from
+    encoding: Any  # lock: one process encodes the volumes, the others read what it wrote
 
 
 _stamps: list[float] = []
@@ -92,7 +103,8 @@ def step_seconds() -> float:
 def jobs() -> list[tuple[str, str]]:
     """(method, views), the longest first."""
     trained = ("diffusion3d", "x2ctgan", "difr3ct", "inrr3ct")
-    return [(name, views) for name in trained for views in METHODS[name].view_sets] + [("difr3ct", "any"), ("naf", "")]
+    more = [("difr3ct", "any"), ("detectors", "8view"), ("naf", "")]
+    return [(name, views) for name in trained for views in METHODS[name].view_sets] + more
 
 
 class Job:
@@ -120,7 +132,7 @@ class Job:
         }
 
     def run(self) -> None:
-        """Both cohorts, one after the other."""
+        """All cohorts, one after the other."""
         torch.backends.cudnn.benchmark = True
         torch.set_num_threads(1)
         training.progress = _clock
@@ -129,15 +141,19 @@ class Job:
                 for views in VIEW_SETS:
                     self.score(cohort, "naf", views, Options())
                 continue
-            if self.views == "any" and cohort != "lung":
+            if cohort != "lung" and (self.views == "any" or self.name == "detectors"):
                 return
-            start = self.chapters["lung"].run if cohort != "lung" else None
+            if cohort == "intact" and (self.name, self.views) != ("difr3ct", "8view"):
+                return
+            begin = self.chapters["lung"].run if cohort != "lung" else None
             options = Options()
-            if self.name == "difr3ct":
-                self.latent_diffusion(cohort, chapter, start)
+            if self.name in ("difr3ct", "detectors"):
+                if self.name == "detectors":
+                    chapter.detectors, chapter.run = True, self.plan.run / "detectors"
+                self.latent_diffusion(cohort, chapter, begin)
             else:
-                options = self.baseline(cohort, chapter, start)
-            if self.views != "any":
+                options = self.baseline(cohort, chapter, begin)
+            if self.views != "any" and self.name != "detectors":
                 for name in (self.name, "difr3ct_tv") if self.name == "difr3ct" else (self.name,):
                     self.score(cohort, name, self.views, options)
             write_json(self.plan.run / "done" / f"{self.name}-{self.views}.json", self.done)
@@ -146,16 +162,23 @@ class Job:
         """Seconds until the training on this cohort must be over."""
         return max(5.0, self.plan.ends[cohort] - time.monotonic())
 
-    def latent_diffusion(self, cohort: str, chapter: Chapter, start: Path | None) -> None:
-        """Initial network and diffusion model; exported if it is the first cohort's."""
-        rate = 1.0 if start is None else SECOND
-        begin = start / f"ldm-{self.views}" if start else None
-        preset = chapter.preset
-        if self.views == "any":  # other views every step, too many to solve each time
-            preset = preset.replace(initial={"solver": "none"})
-        else:
-            train, vqgan = chapter.patients("train", self.views), chapter.vqgan()
+    def beginning(self, begun: Path | None) -> tuple[Path | None, float]:
+        """Weights that DIFR3CT begins with, and the share of the learning rates that is then right."""
+        if begun is not None:
+            return begun / f"ldm-{self.views}", SECOND
+        if self.plan.start is None:
+            return None, 1.0
+        return self.plan.start / f"small-ldm-{'4view' if self.views == 'any' else self.views}.safetensors", FURTHER
+
+    def latent_diffusion(self, cohort: str, chapter: Chapter, begun: Path | None) -> None:
+        """Initial network and diffusion model, exported."""
+        begin, rate = self.beginning(begun)
+        preset = chapter.preset if begin is None else chapter.preset.replace(initial=load_ldm(begin)[2].initial)
+        any_view = self.views == "any"
+        train, vqgan = chapter.patients("train", None if any_view else self.views), chapter.vqgan()
+        with self.plan.encoding:
             encoded(train, vqgan.to(chapter.device), chapter.run / "latents")
+        if not any_view and self.name == "difr3ct":
             solved(train, vqgan, preset, chapter.run / "latents", chapter.device)
 
         def initial(steps: int, stop_after: int | None) -> None:
@@ -170,24 +193,28 @@ class Job:
 
         self.train(cohort, "initial", INITIAL_SHARE * self.left(cohort), initial)
         self.train(cohort, "ldm", self.left(cohort), ldm)
-        if start is None:
-            name = f"small-ldm-{self.views}"
-            made = self.plan.run / "export" / f"{name}.safetensors"
-            folder = chapter.run / f"ldm-{self.views}"
-            export_weights(folder, made, autoencoder=made.with_name("small-vqgan.safetensors"))
+        kind = "small" if cohort == "lung" else f"small-{cohort}"
+        made = self.plan.run / "export" / f"{kind}-{'detectors' if self.name == 'detectors' else 'ldm'}-{self.views}"
+        made = made.with_suffix(".safetensors")
+        folder = chapter.run / f"ldm-{self.views}"
+        export_weights(folder, made, autoencoder=made.with_name("small-vqgan.safetensors"))
+        shutil.copy(folder / "log.csv", made.with_suffix(".csv"))
+        shutil.copy(chapter.run / f"initial-{self.views}" / "log.csv", made.with_name(f"{made.stem}-initial.csv"))
+        if cohort == "lung" and self.name == "difr3ct":
             shutil.copy(made, self.plan.out / made.name)
-            shutil.copy(folder / "log.csv", self.plan.run / "export" / f"{name}.csv")
-            shutil.copy(chapter.run / f"initial-{self.views}" / "log.csv", made.with_name(f"{name}-initial.csv"))
 
-    def baseline(self, cohort: str, chapter: Chapter, start: Path | None) -> Options:
+    def baseline(self, cohort: str, chapter: Chapter, begun: Path | None) -> Options:
         """A network of its own; returns with which options it was trained."""
-        rate = getattr(get_baselines(chapter.preset.name), self.name).training.lr * (1.0 if start is None else SECOND)
-        begin = start / f"{self.name}-{self.views}" if start else None
+        begin = begun / f"{self.name}-{self.views}" if begun else None
+        changes = INRR3CT if self.name == "inrr3ct" else []
+        settings = with_training(getattr(get_baselines(chapter.preset.name), self.name), changes)
+        rate = settings.training.lr * (SECOND if begun else 1.0)
         options = Options()
 
         def work(steps: int, stop_after: int | None) -> None:
             nonlocal options
-            options = Options(stop_after, [f"steps={steps}", "checkpoint_every_s=1e6", f"lr={rate}"], begin)
+            words = [*changes, f"steps={steps}", "checkpoint_every_s=1e6", f"lr={rate}"]
+            options = Options(stop_after, words, begin)
             METHODS[self.name].prepare(chapter, self.views, options)
 
         self.train(cohort, "train", self.left(cohort), work)
@@ -223,12 +250,33 @@ def _work(name: str, views: str, chapters: dict[str, Chapter], plan: Plan) -> No
 class OwnModels(Chapter):
     """The autoencoder ships; whatever else ships with the project is trained here all the same."""
 
+    _seen: Patients | None = None
+
     def weights(self, model: str) -> Path:
         return super().weights(model) if model == "vqgan" else self.run / model
 
+    def _training(self, view_set: str | None) -> Patients:
+        # Kept, because it is asked for four times, and detectors and further angles take their time.
+        if self._seen is None:
+            self._seen = super()._training(view_set)
+            if view_set is None:
+                self._seen = FannedOut(**vars(self._seen)).rendered(self.preset, self.device)
+        return self._seen
+
+
+class FannedOut(Patients):
+    """Patients whose x-rays are those of the any-view model already."""
+
+    def rendered(self, preset: Preset, device: torch.device) -> FannedOut:
+        return super().at_angles(fan_angles(preset), preset.xray, device=device)  # type: ignore[return-value]
+
+    def at_angles(self, angles_deg: Sequence[float], *_: Any, **__: Any) -> FannedOut:
+        assert tuple(angles_deg) == tuple(view.angle_deg for view in self.views)
+        return self
+
 
 def open_chapters(run: Path, data: Path, presets: dict[str, Preset], device: str) -> dict[str, Chapter]:
-    """Both cohorts, their patients read before the processes part, who then share the memory."""
+    """The cohorts, their patients read before the processes part, who then share the memory."""
     chapters: dict[str, Chapter] = {}
     for cohort, preset in presets.items():
         # The device is named, not touched: a process that has begun to use a GPU must not fork.
@@ -240,12 +288,12 @@ def open_chapters(run: Path, data: Path, presets: dict[str, Preset], device: str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs=2, required=True, help="of lung and of thoracic: names or JSON files")
+    parser.add_argument("--presets", nargs="+", required=True, help="of lung, thoracic, intact: names or JSON files")
     parser.add_argument("--data", type=Path, required=True, help="folder with the cohorts of these presets")
     parser.add_argument("--run", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--lung-s", type=float, default=360)
-    parser.add_argument("--thoracic-s", type=float, default=150)
+    parser.add_argument("--seconds", nargs="+", type=float, default=[360, 150, 60], help="of each cohort")
     parser.add_argument("--grace-s", type=float, default=60, help="for the last scores")
+    parser.add_argument("--start", type=Path, help="folder of weights that DIFR3CT goes on from (default: random ones)")
     parser.add_argument("--patients", type=int, default=16)
     parser.add_argument("--smoke", type=int, default=0, metavar="STEPS", help="try everything with so few steps")
     parser.add_argument("--only", nargs="+", help="jobs such as difr3ct/2view (default: all)")
@@ -255,19 +303,23 @@ def main() -> int:
     for folder in (options.out, *(options.run / name for name in ("done", "export", "slices"))):
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(project_root() / "pretrained" / "small-vqgan.safetensors", options.run / "export")
-    presets = {name: get_preset(given) for name, given in zip(("lung", "thoracic"), options.presets, strict=True)}
+    presets = {name: get_preset(given) for name, given in zip(COHORTS, options.presets, strict=False)}
+    if len(options.presets) > len(COHORTS) or len(options.seconds) < len(presets):
+        parser.error("expected at most three presets, and --seconds for each")
     chapters = open_chapters(options.run, options.data, presets, options.device)
     chosen = [job for job in jobs() if options.only is None or "/".join(job) in options.only]
-    now = time.monotonic()
-    ends = {"lung": now + options.lung_s, "thoracic": now + options.lung_s + options.thoracic_s}
-    plan = Plan(options.out, options.run, options.data, options.patients, ends, options.smoke)
-    print(f"{now - _began:6.1f} s  data read, {len(chosen)} processes start", flush=True)
     context = multiprocessing.get_context("fork")
+    now = time.monotonic()
+    ends = dict(zip(presets, (now + np.cumsum(options.seconds)).tolist(), strict=False))
+    plan = Plan(
+        options.out, options.run, options.data, options.patients, ends, options.smoke, options.start, context.Lock()
+    )
+    print(f"{now - _began:6.1f} s  data read, {len(chosen)} processes start", flush=True)
     running = [context.Process(target=_work, args=(*job, chapters, plan), daemon=True) for job in chosen]
     for process in running:
         process.start()
     for process in running:
-        process.join(max(0.0, ends["thoracic"] + options.grace_s - time.monotonic()))
+        process.join(max(0.0, max(ends.values()) + options.grace_s - time.monotonic()))
     late = [job for job, process in zip(chosen, running, strict=True) if process.is_alive()]
     for process in running:
         process.terminate()

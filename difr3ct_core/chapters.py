@@ -35,7 +35,7 @@ from .datasets import Patients, load_patients, make_cohort, preset_views, render
 from .deformation import deformed_copies
 from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors
-from .initial_network import InitialNetwork
+from .initial_network import InitialNetwork, InitialVolume
 from .presets import COHORTS, Preset, get_preset
 from .processes import first_alone, rank
 from .results import Result, load_result, provenance, run_id, save_result
@@ -44,7 +44,7 @@ from .stage_initial import train_initial
 from .stages import train_ldm, train_vqgan
 from .training import own_parts
 from .vqgan import VQGAN
-from .weights import load_ldm, load_vqgan, training_history, weights_file
+from .weights import load_initial, load_ldm, load_vqgan, training_history, weights_file
 
 
 def project_root() -> Path:
@@ -197,22 +197,31 @@ class Chapter:
         found = path.with_name(f"{path.stem.removesuffix('vqgan')}decoder.csv") if path.suffix else self.run / "decoder"
         return found if found.exists() else None
 
-    def ldm(self, view_set: str, stop_after: int | None = None, start: str | Path | None = None) -> LatentDiffusion:
+    def ldm(
+        self,
+        view_set: str,
+        stop_after: int | None = None,
+        start: str | Path | None = None,
+        network: str | Path | None = None,
+    ) -> LatentDiffusion:
         """The trained diffusion model for a set of views (chapter 04), or "any" for the any-view model.
 
         ``start``: weights to begin a training with, see :func:`difr3ct_core.stages.train_ldm`; where the run has no
-        autoencoder of its own, theirs is taken.
+        autoencoder of its own, theirs is taken. ``network``: an initial network trained elsewhere, or an INRR3CT; the
+        preset's section ``initial`` becomes the one of that.
         """
         if (path := self.weights(f"ldm-{view_set}")).suffix:
             return load_ldm(path, self.device)[0]
         any_view = view_set == "any"
         vqgan = self._autoencoder(start)
-        network, finished = None, (self.run / f"ldm-{view_set}" / "weights.safetensors").exists()
-        if self.preset.initial.network and ((self.run / f"initial-{view_set}").exists() or not (start or finished)):
+        preset, finished = self.preset, (self.run / f"ldm-{view_set}" / "weights.safetensors").exists()
+        if network is not None:
+            preset = preset.replace(initial=load_initial(network)[1].initial)
+        elif preset.initial.network and ((self.run / f"initial-{view_set}").exists() or not (start or finished)):
             self.initial(view_set, start=start)
             network = self.run / f"initial-{view_set}"
         return train_ldm(
-            self._training(None if any_view else view_set), vqgan, self.preset,
+            self._training(None if any_view else view_set), vqgan, preset,
             self.run / f"ldm-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"), start,
             network,
         )  # fmt: skip
@@ -234,7 +243,9 @@ class Chapter:
             return self.vqgan()
         return load_ldm(start, self.device)[1]
 
-    def initial(self, view_set: str, stop_after: int | None = None, start: str | Path | None = None) -> InitialNetwork:
+    def initial(
+        self, view_set: str, stop_after: int | None = None, start: str | Path | None = None
+    ) -> InitialNetwork | InitialVolume:
         """The initial network for a set of views, or "any", finished or trained now; see :meth:`ldm`.
 
         ``start``: weights of a diffusion model; a training begins with its initial network, if it has one.

@@ -18,7 +18,7 @@ import hashlib
 import json
 import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,21 +294,22 @@ def load_patients(folder: str | Path, split: str, limit: int | None = None) -> P
         raise InputError(f"{path}: lacks {error}, expected the manifest of a cohort; make the cohort again.") from error
     if not ids:
         raise InputError(f"{path}: lists no patient in split {split!r}; make a cohort with at least one.")
-    hu, labels, xrays = [], [], []
-    for patient in ids:
+
+    def read(patient: str) -> tuple[Tensor, Tensor, Tensor]:
         where = folder / "patients" / patient
         scan = read_npz(where / "ct.npz", ("hu", "labels"))
         for name in ("hu", "labels"):
             if scan[name].shape != volume.shape:
                 raise InputError(f"{where / 'ct.npz'}: found {name} of {scan[name].shape}, expected {volume.shape}.")
-        hu.append(torch.from_numpy(scan["hu"]))
-        labels.append(torch.from_numpy(scan["labels"]))
         images = read_npz(where / "xrays.npz", ("line_integrals",))["line_integrals"]
         if images.shape != (len(views), *views[0].detector_shape):
             raise InputError(
                 f"{where / 'xrays.npz'}: found shape {images.shape}, expected {(len(views), *views[0].detector_shape)}."
             )
-        xrays.append(torch.from_numpy(images))
+        return torch.from_numpy(scan["hu"]), torch.from_numpy(scan["labels"]), torch.from_numpy(images)
+
+    with ThreadPoolExecutor(min(16, multiprocessing.cpu_count())) as pool:  # unpacking leaves the interpreter free
+        hu, labels, xrays = zip(*pool.map(read, ids), strict=True)
     return Patients(tuple(ids), torch.stack(hu), torch.stack(labels), torch.stack(xrays), tuple(views), volume)
 
 

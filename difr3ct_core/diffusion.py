@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .files import InputError
 from .fusion import Fusion
 from .geometry import View
-from .initial_network import InitialNetwork
+from .initial_network import build_initial
 from .presets import DiffusionPreset, Preset
 from .unet import UNet3d
 
@@ -136,7 +136,7 @@ class LatentDiffusion(nn.Module):
         self.fusion = Fusion(preset.fusion, (grid[0], grid[1], grid[2]), preset.volume.spacing_mm * factor, factor)
         self.unet = UNet3d(channels, preset.condition_channels, preset.unet)
         # Trained before, by itself: the diffusion model only reads what it says.
-        self.initial_network = InitialNetwork(preset).requires_grad_(False) if preset.initial.network else None
+        self.initial_network = build_initial(preset).requires_grad_(False) if preset.initial.network else None
 
     def condition(
         self,

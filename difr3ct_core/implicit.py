@@ -1,11 +1,12 @@
 """Functions of position: sine layers, Fourier features, and the features of x-rays where a point's ray hits them.
 
-What INRR3CT is built of, and what the initial network of :mod:`difr3ct_core.initial_network` takes over from it.
+What INRR3CT is (:class:`ImplicitVolume`), and what :mod:`difr3ct_core.initial_network` takes over from it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .geometry import View, world_to_detector
+from .fusion import UNet2d
+from .geometry import View, voxel_centres, world_to_detector
+from .presets import FusionPreset
+
+#: Voxels that a whole volume is evaluated at, at once, per view.
+CHUNK = 2**16
 
 
 class SineLayers(nn.Module):
@@ -59,3 +65,71 @@ def sample_features(
     grid = ((2 * vu + 1) / size - 1).flip(-1)  # grid_sample counts (u, v) from -1 to 1, edge to edge
     found = F.grid_sample(features, grid[:, :, None].to(features), align_corners=False, padding_mode="zeros")
     return rearrange(found, "b k p 1 -> b p k")
+
+
+class ImplicitVolume(nn.Module):
+    """A CT as a function of position, conditioned on what the x-rays hold for that position (INRR3CT).
+
+    A 2D U-Net, the same for all views, makes a feature image of each x-ray at the detector's full resolution. A point
+    takes from each view the feature at the detector point which its ray hits (Eq. 10, without the grid). With its
+    coordinates and their Fourier features that goes through sine layers, the mean over the views through further ones,
+    and a linear layer gives the value. Each x-ray comes with sin and cos of its angle, as in
+    :class:`difr3ct_core.fusion.Fusion`, because the mean over views would otherwise lose which view was which.
+
+    Args:
+        unet: of the features.
+        width, view_layers, joint_layers, octaves, omega: of the sine layers before and after the mean over views, and
+            of the Fourier features.
+        scale: of the line integrals, by which they are divided.
+        fov_mm: edge of the cube that the coordinates are normalised by.
+    """
+
+    def __init__(
+        self,
+        unet: FusionPreset,
+        width: int,
+        view_layers: int,
+        joint_layers: int,
+        octaves: int,
+        omega: float,
+        scale: float,
+        fov_mm: float,
+    ) -> None:
+        super().__init__()
+        self.octaves, self.scale, self.fov_mm = octaves, scale, fov_mm
+        self.net = UNet2d(3, unet, factor=1)
+        self.per_view = SineLayers(unet.out_channels + 3 + 6 * octaves, width, view_layers, omega, True)
+        self.joint = SineLayers(width, width, joint_layers, omega, False)
+        self.head = nn.Linear(width, 1)
+
+    def features(self, xrays: Float[Tensor, "b n v u"], views: Sequence[View]) -> Float[Tensor, "b n k v u"]:
+        """Feature images of line integrals."""
+        b, n, rows, columns = xrays.shape
+        angles = xrays.new_tensor([math.radians(view.angle_deg) for view in views])
+        marks = torch.stack([angles.cos(), angles.sin()], dim=1)[None, :, :, None, None].expand(b, n, 2, rows, columns)
+        images = torch.cat([xrays[:, :, None] / self.scale, marks], dim=2)
+        return rearrange(self.net(rearrange(images, "b n c v u -> (b n) c v u")), "(b n) k v u -> b n k v u", b=b)
+
+    def at(
+        self, features: Float[Tensor, "b n k v u"], views: Sequence[View], points_mm: Float[Tensor, "b p 3"]
+    ) -> Float[Tensor, "b p"]:
+        """Values in the unit of [-1, 1] at points (x, y, z) in mm."""
+        place = fourier_features(points_mm * (2 / self.fov_mm), self.octaves)
+        total: Tensor | float = 0.0
+        for i, view in enumerate(views):
+            seen = sample_features(features[:, i], view, points_mm)
+            total = total + self.per_view(torch.cat([seen, place.to(seen)], dim=-1))
+        return self.head(self.joint(total / len(views)))[..., 0]
+
+    def volume(
+        self, xrays: Float[Tensor, "b n v u"], views: Sequence[View], shape: Sequence[int], spacing_mm: float
+    ) -> Float[Tensor, "b 1 z y x"]:
+        """Whole volumes, clipped to [-1, 1]: one patient and :data:`CHUNK` points at a time."""
+        z, y, x = shape
+        points = voxel_centres((z, y, x), (spacing_mm,) * 3).view(-1, 3).to(xrays)
+        volumes = []
+        for images in xrays:
+            features = self.features(images[None], views)
+            parts = [self.at(features, views, some[None])[0] for some in points.split(CHUNK)]
+            volumes.append(torch.cat(parts).view(1, z, y, x).clamp(-1, 1))
+        return torch.stack(volumes)

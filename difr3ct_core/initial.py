@@ -12,6 +12,7 @@ solver "none" and no network is the paper's model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ from . import ct
 from .baselines.classical import METHODS
 from .files import InputError
 from .geometry import View
+from .initial_network import InitialVolume
 from .presets import Preset
 from .vqgan import VQGAN
 
@@ -67,6 +69,56 @@ def solved_latent(
         return torch.cat([vqgan.encode(initial_volume(chunk, views, preset, batch)) for chunk in xrays.split(batch)])
 
 
+@dataclass(frozen=True)
+class FirstGuess:
+    """What the denoiser starts from."""
+
+    #: Scaled latents (b, c, z, y, x); None for the paper's model.
+    latent: Tensor | None
+    #: What the autoencoder loses of a guess in voxels (b, 1, z, y, x): the guess minus its decoded latent, which
+    #: belongs to every sample; None for a guess in latents.
+    lost: Tensor | None = None
+
+
+def first_guess(
+    model: LatentDiffusion,
+    vqgan: VQGAN,
+    xrays: Float[Tensor, "b n v u"],
+    views: Sequence[View],
+    batch: int = 16,
+    solved: Float[Tensor, "b c z y x"] | None = None,
+    keep: bool = True,
+) -> FirstGuess:
+    """What the denoiser starts from, for :meth:`difr3ct_core.diffusion.LatentDiffusion.condition`.
+
+    Args:
+        model: whose preset says what that is.
+        vqgan, xrays, views, batch: as in :func:`solved_latent`.
+        solved: what that function returned, if it is known already.
+        keep: whether to compute :attr:`FirstGuess.lost`.
+
+    Returns:
+        what the model's initial network says, or what the solver found where it has no such network, on the device of
+        the x-rays.
+    """
+    if solved is None:
+        solved = solved_latent(vqgan, xrays, views, model.preset, batch)
+    network = model.initial_network
+    if network is None:
+        return FirstGuess(solved)
+    latents, lost = [], []
+    with torch.no_grad():
+        for rows in torch.arange(len(xrays)).split(batch):
+            if isinstance(network, InitialVolume):
+                volume = network(xrays[rows], views)
+                latents.append(vqgan.encode(volume))
+                if keep:
+                    lost.append(volume - vqgan.decode(latents[-1]))
+            else:
+                latents.append(network(xrays[rows], views, None if solved is None else solved[rows]))
+    return FirstGuess(torch.cat(latents), torch.cat(lost) if lost else None)
+
+
 def initial_latent(
     model: LatentDiffusion,
     vqgan: VQGAN,
@@ -75,22 +127,5 @@ def initial_latent(
     batch: int = 16,
     solved: Float[Tensor, "b c z y x"] | None = None,
 ) -> Float[Tensor, "b c z y x"] | None:
-    """What the denoiser starts from, for :meth:`difr3ct_core.diffusion.LatentDiffusion.condition`.
-
-    Args:
-        model: whose preset says what that is.
-        vqgan, xrays, views, batch: as in :func:`solved_latent`.
-        solved: what that function returned, if it is known already.
-
-    Returns:
-        what the model's initial network says, or what the solver found where it has no such network: scaled latents
-        on the device of the x-rays; None where the model's preset has neither.
-    """
-    if solved is None:
-        solved = solved_latent(vqgan, xrays, views, model.preset, batch)
-    if model.initial_network is None:
-        return solved
-    rows = torch.arange(len(xrays)).split(batch)
-    with torch.no_grad():
-        parts = [model.initial_network(xrays[some], views, None if solved is None else solved[some]) for some in rows]
-    return torch.cat(parts)
+    """The latents of :func:`first_guess`; None for a preset without one, the paper's."""
+    return first_guess(model, vqgan, xrays, views, batch, solved, keep=False).latent

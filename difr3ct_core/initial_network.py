@@ -1,4 +1,4 @@
-"""The initial network: a latent straight from the x-rays, for the denoiser to start from. Beyond the paper.
+"""The initial network: a first guess straight from the x-rays, for the denoiser to start from. Beyond the paper.
 
 At high noise a denoiser must say where everything is from the x-rays alone, and Eq. 10 makes that hard: the mean over
 views holds neither where a point lies along a ray nor which view saw what. INRR3CT answers with coordinates and sine
@@ -10,6 +10,10 @@ for the latent at the points of the latent grid instead of for HU at every voxel
 with z_solver the encoded volume of a classical solver (:mod:`difr3ct_core.initial`), where the preset has one. It is
 trained alone, by least squares, so it gives the mean of the latents that the x-rays allow: a blur. The diffusion model
 gets it as a condition and adds what a mean cannot hold.
+
+:class:`InitialVolume` is the dearer one: INRR3CT itself, asked for the value of every voxel, whose volume is encoded.
+What the autoencoder loses of that volume is known, and given back to every sample
+(:func:`difr3ct_core.initial.first_guess`).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 from .files import InputError
 from .fusion import UNet2d, coarsen, features_on_rays
 from .geometry import View, voxel_centres
-from .implicit import SineLayers, fourier_features
+from .implicit import ImplicitVolume, SineLayers, fourier_features
 from .presets import FusionPreset, Preset
 
 
@@ -68,9 +72,7 @@ class InitialNetwork(nn.Module):
         Raises:
             InputError: as many x-rays as views are expected, and ``solved`` if and only if the preset has a solver.
         """
-        n = xrays.shape[1]
-        if n != len(views) or n == 0:
-            raise InputError(f"xrays: found {n} images, expected {len(views)}, one per view.")
+        _check(xrays, views)
         if (solved is None) != (self.preset.initial.solver == "none"):
             raise InputError(
                 f"solved: {'missing' if solved is None else 'given'}, but the solver of the preset is "
@@ -100,3 +102,71 @@ class InitialNetwork(nn.Module):
         if solved is not None:
             h = torch.cat([h, rearrange(solved.float(), "b c z y x -> b (z y x) c")], dim=-1)
         return rearrange(self.head(self.joint(h)), "b (z y x) c -> b c z y x", z=z, y=y, x=x)
+
+
+class InitialVolume(nn.Module):
+    """A first guess in voxels. One set of weights serves any number of views.
+
+    Args:
+        preset: ``initial``, grid and scale of the x-rays.
+
+    Raises:
+        InputError: a preset with a solver, which this network cannot be told of.
+    """
+
+    def __init__(self, preset: Preset) -> None:
+        super().__init__()
+        p = preset.initial
+        if p.solver != "none":
+            raise InputError(
+                f"initial.solver: found {p.solver!r} beside in_voxels, expected 'none'; a network in voxels is told of "
+                "no solver."
+            )
+        self.preset = preset
+        self.field = ImplicitVolume(
+            FusionPreset(p.widths, p.features), p.width, p.view_layers, p.joint_layers, p.octaves, p.omega,
+            preset.xray.scale, preset.volume.fov_mm,
+        )  # fmt: skip
+
+    def forward(self, xrays: Float[Tensor, "b n v u"], views: Sequence[View]) -> Float[Tensor, "b 1 z y x"]:
+        """The volume in [-1, 1] that line integrals suggest.
+
+        Raises:
+            InputError: not as many x-rays as views.
+        """
+        _check(xrays, views)
+        volume = self.preset.volume
+        with torch.autocast(xrays.device.type, enabled=False):
+            return self.field.volume(xrays.float(), views, volume.shape, volume.spacing_mm)
+
+    def loss(
+        self,
+        xrays: Float[Tensor, "b n v u"],
+        views: Sequence[View],
+        truth: Float[Tensor, "b 1 z y x"],
+        generator: torch.Generator,
+        part: slice,
+        batch: int,
+    ) -> Float[Tensor, ""]:
+        """Mean squared error at ``initial.points`` random voxels of each patient.
+
+        ``part`` are the rows of a step's ``batch`` that these patients are; voxels are drawn for all of it.
+        """
+        volume, values = self.preset.volume, truth.flatten(1)
+        rows = torch.randint(values.shape[1], (batch, self.preset.initial.points), generator=generator)[part]
+        rows = rows.to(truth.device)
+        points = voxel_centres(volume.shape, volume.spacing_mm).view(-1, 3).to(truth.device)
+        with torch.autocast(xrays.device.type, enabled=False):
+            found = self.field.at(self.field.features(xrays.float(), views), views, points[rows])
+        return (found - values.gather(1, rows)).square().mean()
+
+
+def build_initial(preset: Preset) -> InitialNetwork | InitialVolume:
+    """The network that the preset's ``initial`` describes, with random weights."""
+    return InitialVolume(preset) if preset.initial.in_voxels else InitialNetwork(preset)
+
+
+def _check(xrays: Tensor, views: Sequence[View]) -> None:
+    n = xrays.shape[1]
+    if n != len(views) or n == 0:
+        raise InputError(f"xrays: found {n} images, expected {len(views)}, one per view.")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import processes
 from .datasets import Patients
@@ -27,12 +28,22 @@ from .presets import Preset
 from .vqgan import VQGAN
 from .weights import latents_digest
 
+#: Checksums of volumes by the tensor that holds them: of thousands of patients one takes seconds.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
 
 def data_digest(patients: Patients) -> str:
     """A short checksum of names and volumes."""
-    digest = hashlib.sha256(repr(patients.ids).encode())
-    digest.update(patients.hu.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    names = repr(patients.ids)
+    version, digests = _known.get(patients.hu, (-1, {}))
+    if version != patients.hu._version:  # the volumes were changed in place
+        version, digests = patients.hu._version, {}
+        _known[patients.hu] = version, digests
+    if names not in digests:
+        digest = hashlib.sha256(names.encode())
+        digest.update(patients.hu.numpy().tobytes())
+        digests[names] = digest.hexdigest()[:16]
+    return digests[names]
 
 
 def _kept(cache: Path, key: dict[str, Any], compute: Callable[[], Tensor]) -> Tensor:

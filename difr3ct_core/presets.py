@@ -116,6 +116,8 @@ class InitialPreset:
     solver: str = "none"  # the paper's model; or a method of baselines.classical with a number of iterations
     iterations: int = 20
     network: bool = False  # a network that regresses the latent (:mod:`difr3ct_core.initial_network`), numbers below
+    in_voxels: bool = False  # it regresses the volume instead, as INRR3CT does, which is then encoded
+    points: int = 16384  # random voxels that its training looks at, per patient and step
     widths: tuple[int, ...] = (32, 48, 64, 64)  # of its 2D U-Net, per level
     features: int = 64  # that a ray carries
     width: int = 128  # of its sine layers
@@ -332,7 +334,7 @@ PRESETS: dict[str, Preset] = {
         cohort=CohortPreset(n_train=768, n_val=32, n_test=32, draw_size=64),
         vqgan=VQGANPreset(base_channels=16, codebook_size=4096),
         fusion=FusionPreset(widths=(32, 64, 96, 96), out_channels=32),
-        # Six of these models and their autoencoder ship within 60 MB.
+        # Six of these models and their autoencoder ship within 60 MiB.
         unet=UNetPreset(widths=(32, 80, 96), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
         diffusion=DiffusionPreset(prediction="v"),
         sampling=SamplingPreset(n_samples=4),

@@ -25,7 +25,7 @@ from .consistency import METHODS, correct, residual
 from .diffusion import LatentDiffusion
 from .files import InputError, write_json
 from .geometry import View, views_from_json, views_to_json
-from .initial import initial_latent
+from .initial import first_guess
 from .presets import Preset, VolumePreset
 from .progress import progress
 from .results import provenance
@@ -219,12 +219,13 @@ def posterior_samples(
         batch = batch_within(memory_gb, preset, b * n_samples)
     volumes = torch.empty(b * n_samples, *preset.volume.shape)
     with torch.inference_mode():
-        known = initial_latent(ldm, vqgan, xrays.to(device), views)
-        condition = ldm.condition(xrays.to(device), views, known)
+        guess = first_guess(ldm, vqgan, xrays.to(device), views)
+        condition = ldm.condition(xrays.to(device), views, guess.latent)
         starts = range(0, b * n_samples, batch)
         for start in progress(starts, "posterior samples") if len(starts) > 1 else starts:
             # Sample i belongs to patient i // n_samples; all conditions at once would fill a GPU.
-            part = condition[torch.arange(start, min(start + batch, b * n_samples), device=device) // n_samples]
+            rows = torch.arange(start, min(start + batch, b * n_samples), device=device) // n_samples
+            part = condition[rows]
             # One generator a sample, so that a sample does not depend on what else is in its batch.
             generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(part))]
             latent = draw(
@@ -238,7 +239,10 @@ def posterior_samples(
                 generator=generators,
                 device=device,
             )
-            volumes[start : start + batch] = vqgan.decode(latent, min(batch, 8))[:, 0].cpu()
+            decoded = vqgan.decode(latent, min(batch, 8))
+            if guess.lost is not None:
+                decoded = (decoded + guess.lost[rows]).clamp(-1, 1)
+            volumes[start : start + batch] = decoded[:, 0].cpu()
     return volumes.view(b, n_samples, *preset.volume.shape)
 
 

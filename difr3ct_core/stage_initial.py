@@ -18,7 +18,7 @@ from .datasets import Patients, batch_index
 from .files import InputError, write_safetensors
 from .geometry import views_to_json
 from .initial import solved_latent
-from .initial_network import InitialNetwork
+from .initial_network import InitialNetwork, InitialVolume, build_initial
 from .latents import encoded, solved
 from .presets import VIEW_SETS, Preset
 from .results import provenance
@@ -38,11 +38,12 @@ def train_initial(
     stop_after: int | None = None,
     any_view: bool = False,
     validation: Patients | None = None,
-    start: InitialNetwork | None = None,
-) -> InitialNetwork:
+    start: InitialNetwork | InitialVolume | None = None,
+) -> InitialNetwork | InitialVolume:
     """The initial network of ``folder`` for the views of ``train``: loaded if finished, else trained or resumed.
 
-    It is asked for the scaled latents of the training volumes, and judged by the mean square of the difference.
+    It is asked for the scaled latents of the training volumes, or in voxels (``initial.in_voxels``) for the volumes
+    themselves, and judged by the mean square of the difference.
 
     Args:
         train, vqgan, preset, folder, seed, device, stop_after, any_view, validation: as in
@@ -70,11 +71,12 @@ def train_initial(
     if _finished(path, fingerprint):
         return load_initial(path, device)[0]
     torch.manual_seed(seed)
-    model = InitialNetwork(preset).to(device)
+    model = build_initial(preset).to(device)
     if start is not None:
         load_state(model, start.state_dict(), path)
     vqgan = vqgan.to(device).eval()
-    latents = encoded(train, vqgan, folder.parent / "latents").to(device)
+    in_voxels = preset.initial.in_voxels
+    latents = None if in_voxels else encoded(train, vqgan, folder.parent / "latents").to(device)
     # Where the x-rays are always the same, they are solved once.
     solutions = None if any_view else solved(train, vqgan, preset, folder.parent / "latents", device)
 
@@ -82,7 +84,10 @@ def train_initial(
         rows = batch_index(len(train), settings.batch_size, step, seed)[part]
         pick = draw_views(preset, generator) if any_view else list(range(len(train.views)))
         views = [train.views[i] for i in pick]
-        xrays, at = train.xrays[rows][:, pick].to(device), rows.to(latents.device)
+        xrays = train.xrays[rows][:, pick].to(device)
+        if latents is None:
+            return model.loss(xrays, views, train.unit(rows).to(device), generator, part, settings.batch_size), {}
+        at = rows.to(latents.device)
         known = solved_latent(vqgan, xrays, views, preset) if solutions is None else solutions[at]
         return (model(xrays, views, known) - latents[at]).square().mean(), {}
 
@@ -95,7 +100,7 @@ def train_initial(
         validate = _validation(sets, vqgan, preset, device)
     label = f"training {'any' if any_view else len(train.views)}-view initial network"
     best = fit(model, loss_of_step, settings, folder, fingerprint, label, seed, validate, stop_after)
-    assert isinstance(best, InitialNetwork)
+    assert isinstance(best, InitialNetwork | InitialVolume)
     if stop_after is None and processes.rank() == 0:
         write_safetensors(
             path,
@@ -116,7 +121,8 @@ def _validation(
 ) -> Callable[[nn.Module], dict[str, float]]:
     """The loss on patients that train nothing, the mean over sets of views."""
     sets = [some.take(range(min(patients, len(some)))) for some in sets]
-    latents = torch.cat([vqgan.encode(part.to(device)) for part in sets[0].unit().split(8)])
+    truth = sets[0].unit().to(device)
+    latents = torch.cat([vqgan.encode(part) for part in truth.split(8)])
     solutions: dict[int, Tensor | None] = {}
 
     @torch.no_grad()
@@ -124,6 +130,9 @@ def _validation(
         total = 0.0
         for number, some in enumerate(sets):
             xrays = some.xrays.to(device)
+            if isinstance(model, InitialVolume):
+                total += float((model(xrays, some.views) - truth).square().mean())
+                continue
             if number not in solutions:
                 solutions[number] = solved_latent(vqgan, xrays, some.views, preset)
             total += float((model(xrays, some.views, solutions[number]) - latents).square().mean())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checkpoints import load_state
 from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors, write_safetensors
-from .initial_network import InitialNetwork
+from .initial_network import InitialNetwork, InitialVolume, build_initial
 from .presets import Preset
 from .vqgan import VQGAN
 
@@ -101,25 +101,41 @@ def _beside(path: Path, named: Any) -> VQGAN:
     return vqgan
 
 
-def load_initial(path: str | Path, device: str | torch.device = "cpu") -> tuple[InitialNetwork, Preset, dict[str, Any]]:
+def load_initial(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[InitialNetwork | InitialVolume, Preset, dict[str, Any]]:
     """A finished initial network, its preset and the metadata of its file.
 
     Args:
-        path: ``weights.safetensors`` of its run, the run's folder, or a diffusion model that holds one.
+        path: ``weights.safetensors`` of its run, the run's folder, or a diffusion model that holds one; or a trained
+            INRR3CT (:mod:`difr3ct_core.baselines`), which is such a network in voxels.
 
     Raises:
         InputError: neither, or truncated, or of another version.
     """
     path = Path(path)
-    if read_safetensors(weights_file(path))[1].get("kind") == "ldm":
+    kind = read_safetensors(weights_file(path))[1].get("kind")
+    if kind == "inrr3ct":
+        path, tensors, preset, metadata = _read_weights(path, kind, ("preset", "settings"))
+        preset = preset.replace(initial=_like_inrr3ct(metadata["settings"]))
+    elif kind == "ldm":
         model, _, preset, metadata = load_ldm(path, device)
         if model.initial_network is None:
             raise InputError(f"{path}: holds a diffusion model without an initial network, expected one with it.")
         return model.initial_network, preset, metadata
-    path, tensors, preset, metadata = _read_weights(path, "initial", ("preset",))
-    network = InitialNetwork(preset)
+    else:
+        path, tensors, preset, metadata = _read_weights(path, "initial", ("preset",))
+    network = build_initial(preset)
     load_state(network, tensors, path)
     return network.to(device).eval(), preset, metadata
+
+
+def _like_inrr3ct(settings: dict[str, Any]) -> dict[str, Any]:
+    """The section ``initial`` of a preset whose network is the INRR3CT with these settings."""
+    same = ("points", "width", "view_layers", "joint_layers", "octaves", "omega")
+    unet = settings["unet"]
+    sizes = {"widths": tuple(unet["widths"]), "features": unet["out_channels"]}
+    return {"solver": "none", "network": True, "in_voxels": True, **sizes, **{name: settings[name] for name in same}}
 
 
 def training_history(metadata: dict[str, Any]) -> list[dict[str, Any]]:

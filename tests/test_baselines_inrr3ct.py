@@ -81,7 +81,7 @@ def test_chunks_make_no_difference(monkeypatch):
     network, one = model(), patients(1).with_views("4view")
     stir(network)
     whole = network.reconstruct(one.xrays)
-    monkeypatch.setattr("difr3ct_core.baselines.inrr3ct.CHUNK", 1000)
+    monkeypatch.setattr("difr3ct_core.implicit.CHUNK", 1000)
     torch.testing.assert_close(network.reconstruct(one.xrays), whole, atol=1e-5, rtol=1e-4)
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from small_models import SMALL, patients, same
 
 from difr3ct_core import reconstruct
+from difr3ct_core.baselines.inrr3ct import INRR3CT
+from difr3ct_core.baselines.network import train_network
+from difr3ct_core.baselines.presets import get_baselines
 from difr3ct_core.checkpoints import read_log
 from difr3ct_core.datasets import preset_views
 from difr3ct_core.files import InputError
 from difr3ct_core.geometry import standard_views
-from difr3ct_core.initial import initial_latent, solved_latent
-from difr3ct_core.initial_network import InitialNetwork
+from difr3ct_core.initial import FirstGuess, first_guess, initial_latent, solved_latent
+from difr3ct_core.initial_network import InitialNetwork, InitialVolume
 from difr3ct_core.presets import TrainPreset
+from difr3ct_core.reconstruct import posterior_samples
 from difr3ct_core.stage_initial import train_initial
 from difr3ct_core.stages import train_ldm, train_vqgan
 from difr3ct_core.weights import load_initial, load_ldm, training_history
@@ -21,6 +27,7 @@ from difr3ct_core.weights import load_initial, load_ldm, training_history
 SIZES = {"network": True, "widths": (8, 16), "features": 16, "width": 32, "octaves": 3}
 ALONE = SMALL.replace(initial=SIZES, train_initial=TrainPreset(steps=4, batch_size=2, lr=1e-3, checkpoint_every_s=0.0))
 SOLVED = ALONE.replace(initial={"solver": "tv_body", "iterations": 4})
+VOXELS = ALONE.replace(initial={"in_voxels": True, "points": 512})
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +173,47 @@ def test_what_does_not_fit_is_said(tmp_path, vqgan):
     with pytest.raises(InputError, match="solved: given, but the solver of the preset is 'none'"):
         InitialNetwork(ALONE)(some.xrays, some.views, torch.zeros(len(some), *SMALL.latent_shape))
     assert not (tmp_path / "ldm").exists() and not (tmp_path / "none").exists()
+
+
+def test_a_guess_in_voxels_and_what_the_autoencoder_loses_of_it(tmp_path, vqgan, monkeypatch):
+    some = patients().with_views("2view")
+    long = VOXELS.replace(train_initial={"steps": 60, "lr": 3e-3})
+    network = train_initial(some, vqgan, long, tmp_path / "initial", validation=patients(2, seed=5))
+    assert isinstance(network, InitialVolume) and read_log(tmp_path / "initial", "val_loss")[0] == [59]
+    assert same(load_initial(tmp_path / "initial")[0], network)
+    truth = some.unit()
+    before, after = (
+        float((net(some.xrays, some.views) - truth).detach().square().mean()) for net in (InitialVolume(long), network)
+    )
+    assert after < 0.7 * before
+    model = train_ldm(some, vqgan, long, tmp_path / "ldm", network=tmp_path / "initial")
+    assert same(load_ldm(tmp_path / "ldm")[0].initial_network, network)
+    one = patients(3, seed=8).with_views("2view")
+    guess = first_guess(model, vqgan, one.xrays, one.views, batch=2)
+    volume = network(one.xrays, one.views).detach()
+    torch.testing.assert_close(guess.latent, vqgan.encode(volume))
+    torch.testing.assert_close(guess.lost, volume - vqgan.decode(guess.latent))
+    with_it = posterior_samples(model, vqgan, one.xrays, one.views, 2)
+    monkeypatch.setitem(posterior_samples.__globals__, "first_guess", lambda *_: FirstGuess(guess.latent))
+    without = posterior_samples(model, vqgan, one.xrays, one.views, 2)
+    assert float(guess.lost.abs().max()) > 0.1
+    torch.testing.assert_close(with_it, (without + guess.lost).clamp(-1, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_trained_inrr3ct_is_a_first_guess(tmp_path, vqgan):
+    some = patients().with_views("2view")
+    settings = get_baselines("tiny").inrr3ct
+    settings = dataclasses.replace(settings, training=TrainPreset(steps=2, batch_size=2, lr=1e-4))
+    rival = train_network(INRR3CT, some, SMALL, settings, tmp_path / "inrr3ct")
+    network, preset, _ = load_initial(tmp_path / "inrr3ct")
+    torch.testing.assert_close(network(some.xrays, some.views).detach(), rival.reconstruct(some.xrays))
+    model = train_ldm(
+        some, vqgan, preset.replace(train_ldm=ALONE.train_ldm), tmp_path / "ldm", network=tmp_path / "inrr3ct"
+    )
+    assert same(model.initial_network, network)
+    kinds = [h["kind"] for h in training_history(load_ldm(tmp_path / "ldm")[3])]
+    assert kinds == ["inrr3ct", "ldm"]
+    with pytest.raises(InputError, match=r"initial\.solver: found 'tv_body' beside in_voxels, expected 'none'"):
+        InitialVolume(SOLVED)
+    with pytest.raises(InputError, match="xrays: found 2 images, expected 1, one per view"):
+        network(some.xrays, some.views[:1])
