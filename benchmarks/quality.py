@@ -22,7 +22,7 @@ from difr3ct_core.baselines.classical import METHODS
 from difr3ct_core.chapters import open_chapter
 from difr3ct_core.ct import hu_to_mu, hu_to_unit, mu_to_hu
 from difr3ct_core.datasets import Patients
-from difr3ct_core.initial import initial_latent
+from difr3ct_core.initial import first_guess
 from difr3ct_core.metrics import psnr, ssim, to_12_bit
 from difr3ct_core.presets import VIEW_SETS
 from difr3ct_core.reconstruct import posterior_samples
@@ -101,9 +101,10 @@ def main() -> None:
                 figures[f"sample_{metric}_{key}"] = {"value": float(values.mean()), "unit": unit}
             if ldm.initial_network is not None:
                 with torch.inference_mode():
-                    latent = initial_latent(ldm, autoencoder, seen.xrays.to(chapter.device), seen.views)
-                    guess = autoencoder.decode(latent).cpu()
-                note(f"{prefix}initial_{mark}{view_set}", scores(guess, truth), len(patients))
+                    guess = first_guess(ldm, autoencoder, seen.xrays.to(chapter.device), seen.views)
+                    volume = autoencoder.decode(guess.latent)
+                    volume = volume if guess.lost is None else volume + guess.lost
+                note(f"{prefix}initial_{mark}{view_set}", scores(volume.cpu(), truth), len(patients))
     for prefix, patients in sets if not options.models else []:
         for view_set in VIEW_SETS:
             found = {"psnr": psnr(classical(patients, view_set, preset), patients.unit(), 2.0)}

@@ -34,7 +34,7 @@ from difr3ct_core.ct import unit_to_hu
 from difr3ct_core.datasets import Patients, render_xrays
 from difr3ct_core.detector import jitter_views
 from difr3ct_core.geometry import View
-from difr3ct_core.initial import initial_latent
+from difr3ct_core.initial import first_guess
 from difr3ct_core.metrics import psnr
 from difr3ct_core.phantoms import LABELS
 from difr3ct_core.pose import moved_together, recover_views
@@ -70,18 +70,24 @@ def proximal(chapter: Chapter, view_set: str, patients: Patients, samples: int, 
     with torch.inference_mode():
         for i in range(len(patients)):
             one = patients.take([i])
-            known = initial_latent(ldm, vqgan, one.xrays, one.views)
-            condition = ldm.condition(one.xrays, one.views, known).expand(samples, -1, -1, -1, -1)
+            guess = first_guess(ldm, vqgan, one.xrays, one.views)
+            lost = 0.0 if guess.lost is None else guess.lost
+            condition = ldm.condition(one.xrays, one.views, guess.latent).expand(samples, -1, -1, -1, -1)
             z = gaussian((samples, *preset.latent_shape), [torch.Generator().manual_seed(j) for j in range(samples)])
 
             def move(volume: torch.Tensor, one: Patients = one) -> torch.Tensor:
                 return consistency.correct(volume[:, 0], one.xrays[0], one.views, preset, "tv", iterations=15)[:, None]
 
-            model = consistency.proximal_model(
-                guided(ldm.unet, ldm.schedule, condition), move, vqgan.decode, vqgan.encode, below
-            )
+            def decode(latent: torch.Tensor, lost: Any = lost) -> torch.Tensor:
+                return vqgan.decode(latent) + lost
+
+            def encode(volume: torch.Tensor, lost: Any = lost) -> torch.Tensor:
+                return vqgan.encode(volume - lost)
+
+            denoise = guided(ldm.unet, ldm.schedule, condition)
+            model = consistency.proximal_model(denoise, move, decode, encode, below)
             latent = dpm_solver_pp_2m(model, z, ldm.schedule, preset.sampling.steps)
-            volumes.append(vqgan.decode(latent)[:, 0])
+            volumes.append(decode(latent)[:, 0])
     return torch.stack(volumes)
 
 

@@ -79,6 +79,10 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
     )
     if "start" in metadata["fingerprint"] or stage == "decoder":
         command += " --weights START"
+    size, initial = preset["volume"]["size"], preset.get("initial", {})
+    n_train = metadata["fingerprint"].get("n_train", cohort["n_train"])
+    if initial.get("in_voxels"):
+        command += " --network NETWORK"
     others = metadata["fingerprint"].get("others")
     seen = " No real patient was trained on."
     if stage == "ldm":
@@ -89,7 +93,6 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
     if "detectors" in metadata["fingerprint"]:
         command += " --detectors"
         seen += f" X-rays of simulated imperfect detectors: {metadata['fingerprint']['detectors']}."
-    size, initial = preset["volume"]["size"], preset.get("initial", {})
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
     if stage == "decoder":
         judges = f"of the decoder, L1 and {SQUARE_WEIGHT:g} times the square; encoder and codes are START's"
@@ -100,7 +103,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         f"# {preset['name']}-{model}", "",
         f"{kind} of DIFR3CT, "
         f"{size}³ voxels of {preset['volume']['fov_mm'] / size:g} mm. {megabytes:.1f} MB, stored as bfloat16.", "",
-        f"- **Data**: {cohort['n_train']} synthetic phantom thoraxes, cohort `{cohort['cohort']}`, "
+        f"- **Data**: {n_train} synthetic phantom thoraxes, cohort `{cohort['cohort']}`, "
         f"seed {cohort['seed']} (`data_scripts/make_phantoms.py`).{seen}",
         f"- **Training**: {training['steps']} steps, batch {training['batch_size']}, rate {training['lr']:g}, seed "
         f"{origin['seed']}, {origin['wall_s'] / 3600:.2f} h of wall time, on {origin['device']}, "
@@ -112,6 +115,9 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
            + (", refined by an initial network (sine layers, trained first, by least squares)."
               if initial.get("network") else ".")]
           if stage == "ldm" and initial.get("solver", "none") != "none" else []),
+        *(["- **Condition**: features along rays (Eq. 10) and, beyond the paper, the encoded volume of an INRR3CT, "
+           "trained first, by least squares. What the autoencoder loses of that volume is added to every sample."]
+          if stage == "ldm" and initial.get("in_voxels") else []),
         *(["- **All trainings behind it**: " + "; ".join(
             f"{h['kind']} {h['steps']} steps of {h['batch_size']}, {h['wall_s'] / 60:.0f} min"
             for h in metadata["history"]) + "."] if "history" in metadata else []),

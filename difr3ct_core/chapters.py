@@ -271,7 +271,7 @@ class Chapter:
         if (folder / "log.csv").exists() and read_log(folder, "loss")[0][-1] + 1 >= steps:
             return folder
         few = self.patients("train")
-        few = few.take(range(min(8 * self.preset.train_ldm.batch_size, len(few))))
+        few = few.take(range(min(4 * self.preset.train_ldm.batch_size, len(few))))
         preset = self.preset.replace(train_vqgan={"log_every": 1}, train_ldm={"log_every": 1})
         if model == "vqgan":
             train_vqgan(few, preset, folder, self.seed, self.device, stop_after=steps)

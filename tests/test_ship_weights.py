@@ -104,6 +104,9 @@ def test_the_card_tells_what_is_special(shipped):
     for words in ("- **How it went**: It was interrupted once.", "`tv_body`, 60 iterations", "initial.iterations=60",
                   "--weights START`", "Not measured yet"):  # fmt: skip
         assert words in card, words
+    metadata["preset"]["initial"] = {"solver": "none", "network": True, "in_voxels": True}
+    card = ship_weights.card("ldm-2view", metadata, 1.0, shipped / "nothing.json")
+    assert "encoded volume of an INRR3CT" in card and "--weights START --network NETWORK`" in card
 
 
 def test_too_large_and_nothing_there(shipped, tmp_path, monkeypatch, capsys):
