@@ -157,6 +157,8 @@ class SamplingPreset:
     steps: int = 20  # reconstructed
     guidance: float = 1.0  # Eq. 8; 1 is the conditional model alone
     n_samples: int = 8  # our choice; the paper's uncertainty study takes 100
+    # Share of the way by which the mean of several samples moves to the first guess; beyond the paper, 0 without one.
+    anchor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,7 @@ PRESETS: dict[str, Preset] = {
         # Six of these models and their autoencoder ship within 60 MiB.
         unet=UNetPreset(widths=(32, 80, 96), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
         diffusion=DiffusionPreset(prediction="v"),
-        sampling=SamplingPreset(n_samples=4),
+        sampling=SamplingPreset(n_samples=4, anchor=1.0),
         book=BookPreset(patients=8, few=2, samples=8),
         # A step on one crop of each of eight patients costs as much as one on a whole volume, and teaches more.
         train_vqgan=TrainPreset(

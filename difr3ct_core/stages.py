@@ -369,7 +369,7 @@ def train_ldm(
         first = beginning.initial_network
     if network is not None:
         first, _, metadata = load_initial(network)
-        history = [*history, *training_history(metadata)]
+        history += [past for past in training_history(metadata) if past not in history]
     if first is not None:
         fingerprint["initial_network"] = state_digest(first)
     if _finished(path, fingerprint):

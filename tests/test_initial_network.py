@@ -19,7 +19,7 @@ from difr3ct_core.geometry import standard_views
 from difr3ct_core.initial import FirstGuess, first_guess, initial_latent, solved_latent
 from difr3ct_core.initial_network import InitialNetwork, InitialVolume
 from difr3ct_core.presets import TrainPreset
-from difr3ct_core.reconstruct import posterior_samples
+from difr3ct_core.reconstruct import anchored, posterior_samples
 from difr3ct_core.stage_initial import train_initial
 from difr3ct_core.stages import train_ldm, train_vqgan
 from difr3ct_core.weights import load_initial, load_ldm, training_history
@@ -217,3 +217,26 @@ def test_a_trained_inrr3ct_is_a_first_guess(tmp_path, vqgan):
         InitialVolume(SOLVED)
     with pytest.raises(InputError, match="xrays: found 2 images, expected 1, one per view"):
         network(some.xrays, some.views[:1])
+
+
+def test_samples_move_together_to_the_first_guess(tmp_path, vqgan):
+    generator = torch.Generator().manual_seed(0)
+    samples, mean = torch.rand(5, 4, 4, 4, generator=generator) - 0.5, torch.rand(4, 4, 4, generator=generator) - 0.5
+    moved = anchored(samples, mean, 0.5)
+    torch.testing.assert_close(moved.std(0), samples.std(0))
+    torch.testing.assert_close(moved.mean(0), 0.6 * samples.mean(0) + 0.4 * mean)  # half of four fifths of the way
+    torch.testing.assert_close(anchored(samples[:1], mean), samples[:1])  # one sample says nothing of the mean
+    # Where the guess is the mean and the samples are off by the same error, it is taken away but for its n-th part.
+    away = anchored(mean + 0.2 + 0.1 * (samples - samples.mean(0)), mean)
+    torch.testing.assert_close(away.mean(0), mean + 0.2 / 5)
+    some = patients().with_views("2view")
+    preset = VOXELS.replace(sampling={"anchor": 1.0})
+    train_initial(some, vqgan, preset, tmp_path / "initial")
+    model = train_ldm(some, vqgan, preset, tmp_path / "ldm", network=tmp_path / "initial")
+    guess = model.initial_network(some.xrays, some.views).detach()
+    drawn = posterior_samples(model, vqgan, some.xrays, some.views, 8)
+    model.preset = VOXELS
+    free = posterior_samples(model, vqgan, some.xrays, some.views, 8)
+    expected = torch.stack([anchored(x, m) for x, m in zip(free, guess[:, 0], strict=True)])
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+    assert float((drawn - free).abs().max()) > 0.01
