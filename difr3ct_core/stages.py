@@ -368,8 +368,10 @@ def train_ldm(
         fingerprint["start"] = state_digest(beginning)
         first = beginning.initial_network
     if network is not None:
+        before = None if first is None else state_digest(first)
         first, _, metadata = load_initial(network)
-        history += [past for past in training_history(metadata) if past not in history]
+        if state_digest(first) != before:  # else its training is told already
+            history = [*history, *training_history(metadata)]
     if first is not None:
         fingerprint["initial_network"] = state_digest(first)
     if _finished(path, fingerprint):
