@@ -51,6 +51,7 @@ def project(tmp_path: Path) -> Path:
     parameters = 'preset = "tiny"\ndata = "data"\nrun = ""\nviews = "8view"\nseed = 0\ndevice = "auto"'
     parts = [(parameters, "parameters"), (SETUP,), (WORK,), (SHOW, "figure"), ("glue()", "remove-cell")]
     source = new_notebook(cells=[new_markdown_cell("# Small"), *(cell(*part) for part in parts)])
+    source.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     results(tmp_path / "runs" / "tiny")
     picture = models.schedules(load_result(tmp_path / "runs" / "tiny" / "results", "schedules"))._repr_png_()
     shown = new_output("display_data", {"image/png": base64.b64encode(picture).decode()})
