@@ -121,6 +121,27 @@ class ImplicitVolume(nn.Module):
             total = total + self.per_view(torch.cat([seen, place.to(seen)], dim=-1))
         return self.head(self.joint(total / len(views)))[..., 0]
 
+    def loss(
+        self,
+        xrays: Float[Tensor, "b n v u"],
+        views: Sequence[View],
+        truth: Float[Tensor, "b 1 z y x"],
+        spacing_mm: float,
+        count: int,
+        generator: torch.Generator,
+        part: slice,
+        batch: int,
+    ) -> Float[Tensor, ""]:
+        """Mean squared error at ``count`` random voxels of each patient.
+
+        ``part`` are the rows of a step's ``batch`` that these patients are; voxels are drawn for all of it.
+        """
+        values, (z, y, x) = truth.flatten(1), truth.shape[2:]
+        points = voxel_centres((z, y, x), (spacing_mm,) * 3).view(-1, 3).to(truth.device)
+        rows = torch.randint(values.shape[1], (batch, count), generator=generator)[part].to(truth.device)
+        found = self.at(self.features(xrays, views), views, points[rows])
+        return (found - values.gather(1, rows)).square().mean()
+
     def volume(
         self, xrays: Float[Tensor, "b n v u"], views: Sequence[View], shape: Sequence[int], spacing_mm: float
     ) -> Float[Tensor, "b 1 z y x"]:

@@ -148,17 +148,10 @@ class InitialVolume(nn.Module):
         part: slice,
         batch: int,
     ) -> Float[Tensor, ""]:
-        """Mean squared error at ``initial.points`` random voxels of each patient.
-
-        ``part`` are the rows of a step's ``batch`` that these patients are; voxels are drawn for all of it.
-        """
-        volume, values = self.preset.volume, truth.flatten(1)
-        rows = torch.randint(values.shape[1], (batch, self.preset.initial.points), generator=generator)[part]
-        rows = rows.to(truth.device)
-        points = voxel_centres(volume.shape, volume.spacing_mm).view(-1, 3).to(truth.device)
+        """:meth:`difr3ct_core.implicit.ImplicitVolume.loss` at ``initial.points`` voxels."""
+        spacing, points = self.preset.volume.spacing_mm, self.preset.initial.points
         with torch.autocast(xrays.device.type, enabled=False):
-            found = self.field.at(self.field.features(xrays.float(), views), views, points[rows])
-        return (found - values.gather(1, rows)).square().mean()
+            return self.field.loss(xrays.float(), views, truth, spacing, points, generator, part, batch)
 
 
 def build_initial(preset: Preset) -> InitialNetwork | InitialVolume:

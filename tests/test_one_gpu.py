@@ -36,7 +36,18 @@ def test_both_cohorts_are_trained_scored_and_handed_out(tmp_path):
         make_cohort(tmp_path / "data" / preset.cohort_folder, preset)
         words.append(str(tmp_path / f"{cohort}.json"))
     command = [sys.executable, "benchmarks/one_gpu.py", "--presets", *words, "--data", tmp_path / "data", "--run"]
-    command += [tmp_path / "run", "--out", tmp_path / "out", "--smoke", "2", "--lung-s", "200", "--patients", "2"]
+    command += [
+        tmp_path / "run",
+        "--out",
+        tmp_path / "out",
+        "--smoke",
+        "2",
+        "--seconds",
+        "200",
+        "100",
+        "--patients",
+        "2",
+    ]
     command += ["--device", "cpu", "--only", "inrr3ct/1view_frontal", "difr3ct/1view_frontal"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

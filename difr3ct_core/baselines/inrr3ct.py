@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..files import InputError
-from ..geometry import View, voxel_centres
+from ..geometry import View
 from ..implicit import ImplicitVolume
 from ..presets import Preset
 from .network import Baseline
@@ -56,13 +56,9 @@ class INRR3CT(Baseline):
         critic: nn.Module | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error at random voxels; see :meth:`Baseline.loss`."""
-        values = truth.flatten(1)
-        points = voxel_centres(self.preset.volume.shape, self.preset.volume.spacing_mm).view(-1, 3).to(truth.device)
-        rows = torch.randint(values.shape[1], (batch, self.settings.points), generator=generator)[part]
-        rows = rows.to(truth.device)
         self.check(xrays)
-        found = self.field.at(self.field.features(xrays, self.views), self.views, points[rows])
-        return (found - values.gather(1, rows)).square().mean(), {}
+        spacing, points = self.preset.volume.spacing_mm, self.settings.points
+        return self.field.loss(xrays, self.views, truth, spacing, points, generator, part, batch), {}
 
     @torch.no_grad()
     def reconstruct(self, xrays: Float[Tensor, "b n v u"], seed: int = 0) -> Float[Tensor, "b 1 z y x"]:
