@@ -55,4 +55,4 @@ def test_both_cohorts_are_trained_scored_and_handed_out(tmp_path):
     rows = {f"{c}/{m}/1view_frontal" for c in ("lung", "thoracic") for m in ("difr3ct", "difr3ct_tv", "inrr3ct")}
     assert set(tables) == rows | {"provenance"}
     assert all("against_difr3ct" in tables[row] for row in rows if "/difr3ct/" not in row)
-    assert tables["thoracic/inrr3ct/1view_frontal"]["patients_seen"]["mean"] == 32  # two steps of eight here, two before
+    assert tables["thoracic/inrr3ct/1view_frontal"]["patients_seen"]["mean"] == 32  # two steps of 8 here, 2 before
