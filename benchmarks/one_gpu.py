@@ -48,28 +48,36 @@ from difr3ct_core.baselines.registry import METHODS, Options
 from difr3ct_core.baselines.tables import compare, measure, middle_slices
 from difr3ct_core.chapters import Chapter, project_root
 from difr3ct_core.datasets import Patients
-from difr3ct_core.files import read_json, read_npz, write_json, write_npz
+from difr3ct_core.files import read_json, read_npz, write_json, write_npz, write_safetensors
 from difr3ct_core.latents import encoded, solved
 from difr3ct_core.presets import COHORTS, VIEW_SETS, Preset, get_preset
 from difr3ct_core.results import device_name
 from difr3ct_core.stages import fan_angles
 from difr3ct_core.vqgan_losses import Perceptual
-from difr3ct_core.weights import export_weights, load_ldm
+from difr3ct_core.weights import export_weights, load_initial, load_ldm, training_history
 
 #: What differs from the preset, which CPUs train: larger batches, which a GPU computes in the same time.
 INITIAL = {"batch_size": 16, "lr": 5e-4, "warmup_steps": 100}
+REFINEMENT = {"batch_size": 16, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995, "precision": "auto",
+              "betas": (0.9, 0.99), "channels_last": True}  # fmt: skip
+#: What is refined at more views than INRR3CT has.
+SOLVER = {"solver": "tv_body", "iterations": 50, "network": True, "in_voxels": True}
 LDM = {"batch_size": 32, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995}
-INRR3CT = ["batch_size=8", "lr=0.0003", "warmup_steps=100"]
+BASELINES = {
+    "inrr3ct": ["batch_size=8", "lr=0.0003", "warmup_steps=100"],
+    "diffusion3d": ["batch_size=16", "warmup_steps=100", "ema_decay=0.995"],
+}
 QUIET = {"checkpoint_every_s": 1e6, "validate_every": 0}
 #: Steps from which the time of one is reckoned, and the share of the time that is then planned for.
 TRIAL, PLANNED = 40, 0.88
 #: Share of DIFR3CT's time that its initial network gets.
 INITIAL_SHARE = 0.5
+REFINEMENT_SHARE = 0.6
 #: Learning rates where DIFR3CT goes on from weights, and of the cohorts after the first, of those above.
 FURTHER, SECOND = 0.7, 0.4
 COMMAND = "python benchmarks/one_gpu.py"
 #: Samples whose mean is scored; 3D Diffusion, in voxels, draws fewer.
-SAMPLES, VOXEL_SAMPLES = 16, 2
+SAMPLES, VOXEL_SAMPLES = 16, 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ class Plan:
     ends: dict[str, float]  # cohort -> seconds of time.monotonic() at which its training is over
     smoke: int  # steps of every training, to try it out
     start: Path | None  # folder of weights that DIFR3CT goes on from
+    refine: tuple[int, ...]  # widths of the network that refines its first guess; () for none
+    guess: Path | None  # folder of INRR3CT's weights, COHORT-VIEWS.safetensors, whose volumes that is
     encoding: Any  # lock: one process encodes the volumes, the others read what it wrote
 
 
@@ -172,28 +182,53 @@ class Job:
             return None, 1.0
         return self.plan.start / f"small-ldm-{'4view' if self.views == 'any' else self.views}.safetensors", FURTHER
 
+    def guess_of(self, cohort: str, begin: Path | None) -> Path | None:
+        """INRR3CT's weights of a cohort, with the refinement of ``begin`` if that has one; None if there are none."""
+        found = self.plan.guess and self.plan.guess / f"{cohort}-{self.views}.safetensors"
+        if not found or not found.exists():
+            return None
+        network, _, metadata = load_initial(found)
+        before = None if begin is None else load_ldm(begin)
+        if before is None or not before[2].initial.refine_widths:
+            return found
+        state = {**before[0].initial_network.state_dict(), **network.state_dict()}
+        path = self.plan.run / "guess" / found.name
+        told = training_history(before[3])
+        history = [training for training in training_history(metadata) if training not in told]
+        write_safetensors(path, state, {"kind": "initial", "preset": before[2].to_dict(), "history": history})
+        return path
+
     def latent_diffusion(self, cohort: str, chapter: Chapter, begun: Path | None) -> None:
         """Initial network and diffusion model, exported."""
         begin, rate = self.beginning(begun)
         preset = chapter.preset if begin is None else chapter.preset.replace(initial=load_ldm(begin)[2].initial)
+        network = None
+        if self.plan.refine:
+            if not preset.initial.in_voxels:
+                preset = preset.replace(initial=SOLVER)
+            preset = preset.replace(initial={"refine_widths": self.plan.refine})
+            network = None if cohort == "lung" else self.guess_of(cohort, begin)
         any_view = self.views == "any"
         train, vqgan = chapter.patients("train", None if any_view else self.views), chapter.vqgan()
         with self.plan.encoding:
             encoded(train, vqgan.to(chapter.device), chapter.run / "latents")
         if not any_view and self.name == "difr3ct":
             solved(train, vqgan, preset, chapter.run / "latents", chapter.device)
+        share = REFINEMENT_SHARE if self.plan.refine else INITIAL_SHARE
 
         def initial(steps: int, stop_after: int | None) -> None:
-            first = {**INITIAL, **QUIET, "steps": steps, "lr": rate * INITIAL["lr"]}
+            settings = REFINEMENT if self.plan.refine else INITIAL
+            slower = 1.0 if self.plan.refine and cohort == "lung" else rate  # a refinement begins anew there
+            first = {**settings, **QUIET, "steps": steps, "lr": slower * settings["lr"]}
             chapter.preset = preset.replace(train_initial=first)
-            chapter.initial(self.views, stop_after, begin)
+            chapter.initial(self.views, stop_after, begin, network)
 
         def ldm(steps: int, stop_after: int | None) -> None:
             second = {**LDM, **QUIET, "steps": steps, "lr": rate * LDM["lr"]}
             chapter.preset = chapter.preset.replace(train_ldm=second)
-            chapter.ldm(self.views, stop_after, begin)
+            chapter.ldm(self.views, stop_after, begin, chapter.run / f"initial-{self.views}")
 
-        self.train(cohort, "initial", INITIAL_SHARE * self.left(cohort), initial)
+        self.train(cohort, "initial", share * self.left(cohort), initial)
         self.train(cohort, "ldm", self.left(cohort), ldm)
         kind = "small" if cohort == "lung" else f"small-{cohort}"
         made = self.plan.run / "export" / f"{kind}-{'detectors' if self.name == 'detectors' else 'ldm'}-{self.views}"
@@ -208,9 +243,11 @@ class Job:
     def baseline(self, cohort: str, chapter: Chapter, begun: Path | None) -> Options:
         """A network of its own; returns with which options it was trained."""
         begin = begun / f"{self.name}-{self.views}" if begun else None
-        changes = INRR3CT if self.name == "inrr3ct" else []
+        if self.name == "inrr3ct":  # what DIFR3CT refines goes on, as the control
+            begin = self.guess_of(cohort, None) or begin
+        changes = BASELINES.get(self.name, [])
         settings = with_training(getattr(get_baselines(chapter.preset.name), self.name), changes)
-        rate = settings.training.lr * (SECOND if begun else 1.0)
+        rate = settings.training.lr * (SECOND if begin else 1.0)
         options = Options()
 
         def work(steps: int, stop_after: int | None) -> None:
@@ -296,13 +333,17 @@ def main() -> int:
     parser.add_argument("--seconds", nargs="+", type=float, default=[360, 150, 60], help="of each cohort")
     parser.add_argument("--grace-s", type=float, default=60, help="for the last scores")
     parser.add_argument("--start", type=Path, help="folder of weights that DIFR3CT goes on from (default: random ones)")
+    parser.add_argument("--refine", nargs="+", type=int, default=[], help="widths: DIFR3CT refines its first guess")
+    parser.add_argument(
+        "--guess", type=Path, help="folder of INRR3CT's weights to be refined, COHORT-VIEWS.safetensors"
+    )
     parser.add_argument("--patients", type=int, default=16)
     parser.add_argument("--smoke", type=int, default=0, metavar="STEPS", help="try everything with so few steps")
     parser.add_argument("--only", nargs="+", help="jobs such as difr3ct/2view (default: all)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    for folder in (options.out, *(options.run / name for name in ("done", "export", "slices"))):
+    for folder in (options.out, *(options.run / name for name in ("done", "export", "guess", "slices"))):
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(project_root() / "pretrained" / "small-vqgan.safetensors", options.run / "export")
     presets = {name: get_preset(given) for name, given in zip(COHORTS, options.presets, strict=False)}
@@ -314,8 +355,9 @@ def main() -> int:
     now = time.monotonic()
     ends = dict(zip(presets, (now + np.cumsum(options.seconds)).tolist(), strict=False))
     plan = Plan(
-        options.out, options.run, options.data, options.patients, ends, options.smoke, options.start, context.Lock()
-    )
+        options.out, options.run, options.data, options.patients, ends, options.smoke, options.start,
+        tuple(options.refine), options.guess, context.Lock(),
+    )  # fmt: skip
     print(f"{now - _began:6.1f} s  data read, {len(chosen)} processes start", flush=True)
     running = [context.Process(target=_work, args=(*job, chapters, plan), daemon=True) for job in chosen]
     for process in running:

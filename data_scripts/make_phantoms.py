@@ -22,13 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="tiny", help=f"{', '.join(PRESETS)}, NAME-COHORT, or a JSON file")
     parser.add_argument("--cohort", choices=["lung", "thoracic", "intact"], help="by default the preset's")
     parser.add_argument("--out", type=Path, help="by default data/PRESET-COHORT")
+    parser.add_argument("--first", type=int, help="number of the first training phantom (default 0)")
     parser.add_argument("--workers", type=int, help="processes; by default one per core")
     options = parser.parse_args(arguments)
     try:
         preset = get_preset(options.preset)
         if options.cohort:
             preset = preset.replace(cohort={"cohort": options.cohort})
-        folder = make_cohort(options.out or Path("data") / preset.cohort_folder, preset, options.workers)
+        folder = make_cohort(options.out or Path("data") / preset.cohort_folder, preset, options.workers, options.first)
     except InputError as error:
         print(f"make_phantoms: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,8 @@ from .datasets import Patients, load_patients, make_cohort, preset_views, render
 from .deformation import deformed_copies
 from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors
-from .initial_network import InitialNetwork, InitialVolume
+from .initial_network import InitialNetwork
+from .initial_volume import InitialVolume
 from .presets import COHORTS, Preset, get_preset
 from .processes import first_alone, rank
 from .results import Result, load_result, provenance, run_id, save_result
@@ -244,19 +245,27 @@ class Chapter:
         return load_ldm(start, self.device)[1]
 
     def initial(
-        self, view_set: str, stop_after: int | None = None, start: str | Path | None = None
+        self,
+        view_set: str,
+        stop_after: int | None = None,
+        start: str | Path | None = None,
+        network: str | Path | None = None,
     ) -> InitialNetwork | InitialVolume:
         """The initial network for a set of views, or "any", finished or trained now; see :meth:`ldm`.
 
-        ``start``: weights of a diffusion model; a training begins with its initial network, if it has one.
+        ``start``: weights of a diffusion model; a training begins with its initial network, if it has one, unless
+        ``network`` names another, or an INRR3CT. Where the preset refines a guess, it is the guess of that.
         """
         any_view = view_set == "any"
-        beginning = None if start is None else load_ldm(start, self.device)[0].initial_network
+        beginning, history = None if start is None else load_ldm(start, self.device)[0].initial_network, []
+        if network is not None:
+            beginning, _, metadata = load_initial(network, self.device)
+            history = training_history(metadata)
         vqgan = self._autoencoder(start)
         return train_initial(
             self._training(None if any_view else view_set), vqgan, self.preset,
             self.run / f"initial-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"),
-            beginning,
+            beginning, history,
         )  # fmt: skip
 
     def short_run(self, model: str) -> Path:

@@ -186,13 +186,15 @@ def _majority(labels: UInt8[Tensor, "z y x"], factor: int) -> UInt8[Tensor, "z y
     return blocks.mode(-1).values
 
 
-def make_cohort(folder: str | Path, preset: Preset, workers: int | None = None) -> Path:
+def make_cohort(folder: str | Path, preset: Preset, workers: int | None = None, first: int | None = None) -> Path:
     """Make, or complete, the phantom cohort of a preset; of a preset on real scans, check that they are prepared.
 
     Args:
         folder: where; made if missing.
         preset: sizes, number of patients, seed.
         workers: processes; None for one per core; 1 for none beside this one.
+        first: number of the first training phantom, from 0 on: training phantoms that an earlier training never saw,
+            beside the validation and test phantoms of always. By default that of the cohort there, or 0.
 
     Returns:
         the folder.
@@ -211,15 +213,20 @@ def make_cohort(folder: str | Path, preset: Preset, workers: int | None = None) 
     for split, count, offset in zip(SPLITS, (c.n_train, c.n_val, c.n_test), (0, 10**6, 2 * 10**6), strict=True):
         # Seeds of the splits lie a million apart, so that a larger training set never swallows a test patient.
         for i in range(count):
-            seed = c.seed * 10**7 + offset + i
+            seed = c.seed * 10**7 + offset + i + ((first or 0) if split == "train" else 0)
             patients.append({"id": f"{c.cohort}-{split}-{i:04d}", "split": split, "seed": seed})
     if manifest.exists():
         found = read_json(manifest, "the manifest of a cohort")
-        if not isinstance(found, dict) or found.get("key") != _data_key(preset):
+        if (
+            not isinstance(found, dict)
+            or found.get("key") != _data_key(preset)
+            or (first is not None and found.get("patients") != patients)
+        ):
             raise InputError(
                 f"{manifest}: the cohort there was made with other numbers than preset {preset.name!r} has; "
                 "choose another data folder or remove this one."
             )
+        patients = found["patients"]
     else:
         # Written first: a preparation that was killed can then not be completed with other numbers.
         write_json(

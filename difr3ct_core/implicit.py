@@ -151,6 +151,7 @@ class ImplicitVolume(nn.Module):
         volumes = []
         for images in xrays:
             features = self.features(images[None], views)
-            parts = [self.at(features, views, some[None])[0] for some in points.split(CHUNK)]
+            at_once = CHUNK if xrays.device.type == "cpu" else 4 * CHUNK
+            parts = [self.at(features, views, some[None])[0] for some in points.split(at_once)]
             volumes.append(torch.cat(parts).view(1, z, y, x).clamp(-1, 1))
         return torch.stack(volumes)

@@ -19,51 +19,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import ct
-from .baselines.classical import METHODS
-from .files import InputError
 from .geometry import View
-from .initial_network import InitialVolume
+from .initial_volume import InitialVolume, initial_volume
 from .presets import Preset
 from .vqgan import VQGAN
 
 if TYPE_CHECKING:
     from .diffusion import LatentDiffusion
 
-#: The iterative methods; filtered back-projection has no number of iterations, and is no use with few views.
-SOLVERS = {name: method for name, method in METHODS.items() if name != "fbp"}
-
-
-def initial_volume(
-    xrays: Float[Tensor, "b n v u"], views: Sequence[View], preset: Preset, batch: int = 16
-) -> Float[Tensor, "b 1 z y x"]:
-    """The solver's reconstruction in [-1, 1], clipped to the preset's window.
-
-    Args:
-        xrays: line integrals, dimensionless.
-        views: one per x-ray, parallel or cone, at any angles.
-        preset: ``initial.solver`` is a name of :data:`SOLVERS`; grid and window.
-        batch: patients solved together, which bounds the memory.
-
-    Raises:
-        InputError: no such solver, or x-rays that do not match the views.
-    """
-    p = preset.initial
-    if p.solver not in SOLVERS:
-        raise InputError(f"initial.solver: found {p.solver!r}, expected 'none' or one of {', '.join(SOLVERS)}.")
-    parts = []
-    with torch.no_grad(), torch.autocast(xrays.device.type, enabled=False):
-        for chunk in xrays.float().split(batch):
-            mu = SOLVERS[p.solver](chunk, views, preset.volume.shape, preset.volume.spacing_mm, iterations=p.iterations)
-            parts.append(ct.hu_to_unit(ct.mu_to_hu(mu, preset.xray.mu_water_per_mm), preset.volume)[:, None])
-    return torch.cat(parts)
-
 
 def solved_latent(
     vqgan: VQGAN, xrays: Float[Tensor, "b n v u"], views: Sequence[View], preset: Preset, batch: int = 16
 ) -> Float[Tensor, "b c z y x"] | None:
-    """The encoded volume of the solver: scaled latents on the device of the x-rays; None where there is no solver."""
-    if preset.initial.solver == "none":
+    """The encoded volume of the solver: scaled latents on the device of the x-rays; None if the preset wants none."""
+    if not preset.initial.solves_latents:
         return None
     with torch.no_grad():
         return torch.cat([vqgan.encode(initial_volume(chunk, views, preset, batch)) for chunk in xrays.split(batch)])

@@ -11,9 +11,7 @@ with z_solver the encoded volume of a classical solver (:mod:`difr3ct_core.initi
 trained alone, by least squares, so it gives the mean of the latents that the x-rays allow: a blur. The diffusion model
 gets it as a condition and adds what a mean cannot hold.
 
-:class:`InitialVolume` is the dearer one: INRR3CT itself, asked for the value of every voxel, whose volume is encoded.
-What the autoencoder loses of that volume is known, and given back to every sample
-(:func:`difr3ct_core.initial.first_guess`).
+:class:`difr3ct_core.initial_volume.InitialVolume` is the dearer one, which gives a value for every voxel.
 """
 
 from __future__ import annotations
@@ -29,7 +27,8 @@ from torch import Tensor, nn
 from .files import InputError
 from .fusion import UNet2d, coarsen, features_on_rays
 from .geometry import View, voxel_centres
-from .implicit import ImplicitVolume, SineLayers, fourier_features
+from .implicit import SineLayers, fourier_features
+from .initial_volume import InitialVolume, check_images
 from .presets import FusionPreset, Preset
 
 
@@ -72,7 +71,7 @@ class InitialNetwork(nn.Module):
         Raises:
             InputError: as many x-rays as views are expected, and ``solved`` if and only if the preset has a solver.
         """
-        _check(xrays, views)
+        check_images(xrays, views)
         if (solved is None) != (self.preset.initial.solver == "none"):
             raise InputError(
                 f"solved: {'missing' if solved is None else 'given'}, but the solver of the preset is "
@@ -104,62 +103,6 @@ class InitialNetwork(nn.Module):
         return rearrange(self.head(self.joint(h)), "b (z y x) c -> b c z y x", z=z, y=y, x=x)
 
 
-class InitialVolume(nn.Module):
-    """A first guess in voxels. One set of weights serves any number of views.
-
-    Args:
-        preset: ``initial``, grid and scale of the x-rays.
-
-    Raises:
-        InputError: a preset with a solver, which this network cannot be told of.
-    """
-
-    def __init__(self, preset: Preset) -> None:
-        super().__init__()
-        p = preset.initial
-        if p.solver != "none":
-            raise InputError(
-                f"initial.solver: found {p.solver!r} beside in_voxels, expected 'none'; a network in voxels is told of "
-                "no solver."
-            )
-        self.preset = preset
-        self.field = ImplicitVolume(
-            FusionPreset(p.widths, p.features), p.width, p.view_layers, p.joint_layers, p.octaves, p.omega,
-            preset.xray.scale, preset.volume.fov_mm,
-        )  # fmt: skip
-
-    def forward(self, xrays: Float[Tensor, "b n v u"], views: Sequence[View]) -> Float[Tensor, "b 1 z y x"]:
-        """The volume in [-1, 1] that line integrals suggest.
-
-        Raises:
-            InputError: not as many x-rays as views.
-        """
-        _check(xrays, views)
-        volume = self.preset.volume
-        with torch.autocast(xrays.device.type, enabled=False):
-            return self.field.volume(xrays.float(), views, volume.shape, volume.spacing_mm)
-
-    def loss(
-        self,
-        xrays: Float[Tensor, "b n v u"],
-        views: Sequence[View],
-        truth: Float[Tensor, "b 1 z y x"],
-        generator: torch.Generator,
-        part: slice,
-        batch: int,
-    ) -> Float[Tensor, ""]:
-        """:meth:`difr3ct_core.implicit.ImplicitVolume.loss` at ``initial.points`` voxels."""
-        spacing, points = self.preset.volume.spacing_mm, self.preset.initial.points
-        with torch.autocast(xrays.device.type, enabled=False):
-            return self.field.loss(xrays.float(), views, truth, spacing, points, generator, part, batch)
-
-
 def build_initial(preset: Preset) -> InitialNetwork | InitialVolume:
     """The network that the preset's ``initial`` describes, with random weights."""
     return InitialVolume(preset) if preset.initial.in_voxels else InitialNetwork(preset)
-
-
-def _check(xrays: Tensor, views: Sequence[View]) -> None:
-    n = xrays.shape[1]
-    if n != len(views) or n == 0:
-        raise InputError(f"xrays: found {n} images, expected {len(views)}, one per view.")

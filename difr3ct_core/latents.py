@@ -1,7 +1,7 @@
 """What trainings read of the volumes and x-rays again and again, computed once and kept on disk.
 
-One file for a pair of autoencoder and patients (and views and solver), named by their checksums; those of autoencoders
-that are gone are removed.
+One file for a pair of autoencoder and patients (and views, solver or initial network), named by their checksums; those
+of autoencoders that are gone are removed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -23,10 +23,15 @@ from . import processes
 from .datasets import Patients
 from .files import InputError, read_safetensors, write_safetensors
 from .geometry import views_to_json
-from .initial import solved_latent
+from .initial import initial_latent, solved_latent
+from .initial_volume import InitialVolume
 from .presets import Preset
+from .progress import progress
 from .vqgan import VQGAN
-from .weights import latents_digest
+from .weights import latents_digest, state_digest
+
+if TYPE_CHECKING:
+    from .diffusion import LatentDiffusion
 
 #: Checksums of volumes by the tensor that holds them: of thousands of patients one takes seconds.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -78,8 +83,8 @@ def encoded(patients: Patients, vqgan: VQGAN, cache: Path) -> Float[Tensor, "n c
 def solved(
     patients: Patients, vqgan: VQGAN, preset: Preset, cache: Path, device: str | torch.device
 ) -> Float[Tensor, "n c z y x"] | None:
-    """Latents of what the preset's solver makes of all patients' x-rays, on ``device``; None without a solver."""
-    if preset.initial.solver == "none":
+    """Latents of what the solver makes of all patients' x-rays, on ``device``; None if the preset wants none."""
+    if not preset.initial.solves_latents:
         return None
     key = {
         "autoencoder": latents_digest(vqgan),
@@ -96,3 +101,42 @@ def solved(
         return latents
 
     return _kept(cache, key, lambda: processes.computed_together(patients.xrays.to(device), solve)).to(device)
+
+
+def unrefined(
+    patients: Patients, vqgan: VQGAN, network: InitialVolume, cache: Path, device: str | torch.device
+) -> Float[Tensor, "n k z y x"]:
+    """What the refinement of ``network`` sees of all patients, in half precision on ``device``.
+
+    Two bytes a voxel: thousands of patients at 64³ fit a GPU.
+    """
+
+    def see(xrays: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = xrays.split(16 if xrays.device.type == "cpu" else 64)
+            seen = (network.unrefined(some, patients.views).half() for some in progress(parts, "first guess"))
+            return torch.cat(list(seen))
+
+    key = {
+        "autoencoder": latents_digest(vqgan),
+        "data": data_digest(patients),
+        "views": views_to_json(patients.views),
+        "network": "" if network.field is None else state_digest(network.field),
+        "solver": [network.preset.initial.solver, network.preset.initial.iterations],
+        "xray": dataclasses.asdict(network.preset.xray),
+        "detectors": patients.detectors,
+    }
+    return _kept(cache, key, lambda: processes.computed_together(patients.xrays.to(device), see)).to(device)
+
+
+def guessed(
+    patients: Patients, vqgan: VQGAN, model: LatentDiffusion, cache: Path, device: str | torch.device
+) -> Float[Tensor, "n c z y x"] | None:
+    """Latents of the first guess for all patients, on ``device``; None for a preset without one, the paper's."""
+    network, preset = model.initial_network, model.preset
+    if not isinstance(network, InitialVolume) or network.refinement is None:
+        known = solved(patients, vqgan, preset, cache, device)
+        return initial_latent(model, vqgan, patients.xrays.to(device), patients.views, solved=known)
+    seen = unrefined(patients, vqgan, network, cache, device)
+    with torch.no_grad():
+        return torch.cat([vqgan.encode(network.refined(some.float())) for some in seen.split(16)])

@@ -125,6 +125,12 @@ class InitialPreset:
     joint_layers: int = 2  # after it
     octaves: int = 6  # Fourier features of the position
     omega: float = 50.0  # of the sines, INRR3CT
+    refine_widths: tuple[int, ...] = ()  # in voxels: of a 3D U-Net that refines the volume; () is none
+
+    @property
+    def solves_latents(self) -> bool:
+        """Whether a solver's volume is encoded, for the denoiser or a network in latents."""
+        return self.solver != "none" and not self.in_voxels
 
 
 @dataclass(frozen=True)

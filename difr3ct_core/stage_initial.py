@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,15 @@ from .datasets import Patients, batch_index
 from .files import InputError, write_safetensors
 from .geometry import views_to_json
 from .initial import solved_latent
-from .initial_network import InitialNetwork, InitialVolume, build_initial
-from .latents import encoded, solved
+from .initial_network import InitialNetwork, build_initial
+from .initial_volume import InitialVolume
+from .latents import encoded, solved, unrefined
 from .presets import VIEW_SETS, Preset
 from .results import provenance
-from .stages import _common, _finished, _numbers, _seen, draw_views, fan_angles
+from .stages import _common, _finished, _numbers, _prepare, _seen, draw_views, fan_angles
 from .training import fit
 from .vqgan import VQGAN
-from .weights import load_initial, state_digest
+from .weights import load_initial, state_digest, training_history
 
 
 def train_initial(
@@ -39,6 +41,7 @@ def train_initial(
     any_view: bool = False,
     validation: Patients | None = None,
     start: InitialNetwork | InitialVolume | None = None,
+    history: Sequence[dict[str, Any]] = (),
 ) -> InitialNetwork | InitialVolume:
     """The initial network of ``folder`` for the views of ``train``: loaded if finished, else trained or resumed.
 
@@ -48,10 +51,14 @@ def train_initial(
     Args:
         train, vqgan, preset, folder, seed, device, stop_after, any_view, validation: as in
             :func:`difr3ct_core.stages.train_ldm`; the loss of ``validation`` is logged as ``val_loss``.
-        start: a network of the same preset to begin with; by default random weights.
+        start: a network of the same preset to begin with; by default random weights. Where the preset refines a guess
+            (``initial.refine_widths``), that guess is the one of ``start``, and the refinement alone is trained: best
+            on patients that the guess was not trained with, whose errors are not those of patients it never saw.
+        history: the trainings that led to ``start``, for the record
+            (:func:`difr3ct_core.weights.training_history`).
 
     Raises:
-        InputError: the preset has no initial network, or ``start`` is of another shape.
+        InputError: the preset has no initial network, ``start`` is of another shape, or there is no guess to refine.
     """
     if not preset.initial.network:
         raise InputError(f"initial.network: is false in preset {preset.name!r}; set it to true to train one.")
@@ -72,13 +79,20 @@ def train_initial(
         return load_initial(path, device)[0]
     torch.manual_seed(seed)
     model = build_initial(preset).to(device)
-    if start is not None:
+    refines = isinstance(model, InitialVolume) and model.refinement is not None
+    if refines:
+        _take_guess(model, start, path)
+        _prepare([model.refinement], settings)
+    elif start is not None:
         load_state(model, start.state_dict(), path)
     vqgan = vqgan.to(device).eval()
     in_voxels = preset.initial.in_voxels
     latents = None if in_voxels else encoded(train, vqgan, folder.parent / "latents").to(device)
     # Where the x-rays are always the same, they are solved once.
     solutions = None if any_view else solved(train, vqgan, preset, folder.parent / "latents", device)
+    guesses = None
+    if isinstance(model, InitialVolume) and refines and not any_view:
+        guesses = unrefined(train, vqgan, model, folder.parent / "latents", device)
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch_index(len(train), settings.batch_size, step, seed)[part]
@@ -86,7 +100,10 @@ def train_initial(
         views = [train.views[i] for i in pick]
         xrays = train.xrays[rows][:, pick].to(device)
         if latents is None:
-            return model.loss(xrays, views, train.unit(rows).to(device), generator, part, settings.batch_size), {}
+            truth, known = train.unit(rows).to(device), {}
+            if guesses is not None:
+                known["unrefined"] = guesses[rows.to(guesses.device)].float()
+            return model.loss(xrays, views, truth, generator, part, settings.batch_size, **known), {}
         at = rows.to(latents.device)
         known = solved_latent(vqgan, xrays, views, preset) if solutions is None else solutions[at]
         return (model(xrays, views, known) - latents[at]).square().mean(), {}
@@ -102,18 +119,31 @@ def train_initial(
     best = fit(model, loss_of_step, settings, folder, fingerprint, label, seed, validate, stop_after)
     assert isinstance(best, InitialNetwork | InitialVolume)
     if stop_after is None and processes.rank() == 0:
-        write_safetensors(
-            path,
-            best.state_dict(),
-            {
-                "kind": "initial",
-                "preset": preset.to_dict(),
-                "views": views_to_json(train.views),
-                "fingerprint": fingerprint,
-                "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
-            },
-        )
+        metadata = {
+            "kind": "initial",
+            "preset": preset.to_dict(),
+            "views": views_to_json(train.views),
+            "fingerprint": fingerprint,
+            "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
+        }
+        if history:
+            metadata["history"] = [*history, *training_history(metadata)]
+        write_safetensors(path, best.state_dict(), metadata)
     return best
+
+
+def _take_guess(model: InitialVolume, start: nn.Module | None, path: Path) -> None:
+    """Give a model the network whose guess it refines, and the refinement of ``start`` if that has one."""
+    given = isinstance(start, InitialVolume)
+    if model.field is not None:
+        if not given or start.field is None:
+            raise InputError(
+                "initial.refine_widths: there is no guess to refine; pass an initial network in voxels, or an INRR3CT."
+            )
+        load_state(model.field, start.field.state_dict(), path)
+        model.field.requires_grad_(False)
+    if given and start.refinement is not None and model.refinement is not None:
+        load_state(model.refinement, start.refinement.state_dict(), path)
 
 
 def _validation(

@@ -25,7 +25,7 @@ from .diffusion import LatentDiffusion, diffusion_loss
 from .files import InputError, alone_in, read_safetensors, write_safetensors
 from .geometry import views_to_json
 from .initial import initial_latent
-from .latents import data_digest, encoded, solved
+from .latents import data_digest, encoded, guessed
 from .metrics import psnr
 from .presets import VIEW_SETS, Preset, TrainPreset
 from .results import provenance
@@ -397,8 +397,7 @@ def train_ldm(
     # Where the x-rays are always the same, they are solved once.
     initial = None
     if not any_view and preset.has_initial:
-        known = solved(train, vqgan, preset, folder.parent / "latents", device)
-        initial = initial_latent(model, vqgan, train.xrays.to(device), train.views, solved=known)
+        initial = guessed(train, vqgan, model, folder.parent / "latents", device)
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         batch = batch_index(len(train), settings.batch_size, step, seed)

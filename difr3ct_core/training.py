@@ -310,7 +310,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--views", default="8view", help="set of views (8view, 2view, ...), or any")
     parser.add_argument("--weights", type=Path, help="to begin with: of an LDM; for the decoder, of a VQGAN")
     parser.add_argument(
-        "--network", type=Path, help="LDM: an initial network trained elsewhere, or an INRR3CT: its run or weights"
+        "--network",
+        type=Path,
+        help="initial, LDM: an initial network trained elsewhere, or an INRR3CT: its run or weights",
     )
     parser.add_argument("--scan", type=Path, help="decoder: a real CT; deformed copies of it join the training")
     parser.add_argument(
@@ -342,14 +344,14 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError("--scan: is for --stage decoder alone; leave it out.")
         if options.detectors and (options.stage in ("vqgan", "decoder") or options.views == "any"):
             raise InputError("--detectors: is for the stages initial and ldm with one set of views; leave it out.")
-        if options.network and options.stage != "ldm":
-            raise InputError("--network: is for --stage ldm alone; leave it out.")
+        if options.network and options.stage not in ("initial", "ldm"):
+            raise InputError("--network: is for the stages initial and ldm; leave it out.")
         if options.stage == "vqgan":
             chapter.first_vqgan(options.stop_after)
         elif options.stage == "decoder":
             chapter.decoder(options.stop_after, options.weights, options.scan)
         elif options.stage == "initial":
-            chapter.initial(options.views, options.stop_after, options.weights)
+            chapter.initial(options.views, options.stop_after, options.weights, options.network)
         else:
             chapter.ldm(options.views, options.stop_after, options.weights, options.network)
     except (InputError, TrainingError) as error:

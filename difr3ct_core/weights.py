@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .checkpoints import load_state
 from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors, write_safetensors
-from .initial_network import InitialNetwork, InitialVolume, build_initial
+from .initial_network import InitialNetwork, build_initial
+from .initial_volume import InitialVolume
 from .presets import Preset
 from .vqgan import VQGAN
 

@@ -15,7 +15,8 @@ from difr3ct_core.diffusion import LatentDiffusion
 from difr3ct_core.drr import project
 from difr3ct_core.files import InputError
 from difr3ct_core.geometry import standard_views
-from difr3ct_core.initial import initial_latent, initial_volume, solved_latent
+from difr3ct_core.initial import initial_latent, solved_latent
+from difr3ct_core.initial_volume import initial_volume
 from difr3ct_core.stages import crops, train_ldm, train_vqgan
 from difr3ct_core.weights import load_ldm
 

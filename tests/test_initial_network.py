@@ -17,7 +17,8 @@ from difr3ct_core.datasets import preset_views
 from difr3ct_core.files import InputError
 from difr3ct_core.geometry import standard_views
 from difr3ct_core.initial import FirstGuess, first_guess, initial_latent, solved_latent
-from difr3ct_core.initial_network import InitialNetwork, InitialVolume
+from difr3ct_core.initial_network import InitialNetwork
+from difr3ct_core.initial_volume import InitialVolume
 from difr3ct_core.presets import TrainPreset
 from difr3ct_core.reconstruct import anchored, posterior_samples
 from difr3ct_core.stage_initial import train_initial
@@ -213,8 +214,8 @@ def test_a_trained_inrr3ct_is_a_first_guess(tmp_path, vqgan):
     assert same(model.initial_network, network)
     kinds = [h["kind"] for h in training_history(load_ldm(tmp_path / "ldm")[3])]
     assert kinds == ["inrr3ct", "ldm"]
-    with pytest.raises(InputError, match=r"initial\.solver: found 'tv_body' beside in_voxels, expected 'none'"):
-        InitialVolume(SOLVED)
+    with pytest.raises(InputError, match=r"initial\.solver: found 'tv_body' beside in_voxels without refine"):
+        InitialVolume(SOLVED.replace(initial={"in_voxels": True}))
     with pytest.raises(InputError, match="xrays: found 2 images, expected 1, one per view"):
         network(some.xrays, some.views[:1])
 

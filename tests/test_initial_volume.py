@@ -1,0 +1,119 @@
+"""The refined first guess: what the refinement sees, learns and leaves alone, and its way into a diffusion model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import SMALL, patients, same
+
+from difr3ct_core.consistency import residual
+from difr3ct_core.files import InputError
+from difr3ct_core.initial import first_guess, initial_latent
+from difr3ct_core.initial_volume import InitialVolume, Refinement, initial_volume
+from difr3ct_core.latents import guessed, unrefined
+from difr3ct_core.presets import TrainPreset
+from difr3ct_core.stage_initial import train_initial
+from difr3ct_core.stages import train_ldm, train_vqgan
+from difr3ct_core.weights import load_initial, training_history
+
+SIZES = {
+    "network": True,
+    "in_voxels": True,
+    "points": 512,
+    "widths": (8, 16),
+    "features": 16,
+    "width": 32,
+    "octaves": 3,
+}
+GUESS = SMALL.replace(initial=SIZES, train_initial=TrainPreset(steps=40, batch_size=2, lr=3e-3))
+REFINED = GUESS.replace(
+    initial={"refine_widths": (8, 16)}, train_initial=TrainPreset(steps=40, batch_size=4, lr=3e-3, channels_last=True)
+)
+SOLVED = REFINED.replace(initial={"solver": "tv_body", "iterations": 20})
+
+
+@pytest.fixture(scope="module")
+def vqgan(tmp_path_factory):
+    return train_vqgan(patients(), SMALL, tmp_path_factory.mktemp("refined") / "vqgan")
+
+
+def error(network: InitialVolume, some) -> float:
+    return float((network(some.xrays, some.views) - some.unit()).detach().square().mean())
+
+
+def test_a_refinement_begins_as_the_identity_and_reaches_every_voxel():
+    generator = torch.Generator().manual_seed(0)
+    volumes = torch.rand(2, 2, 8, 16, 8, generator=generator) * 2 - 1
+    network = Refinement(2, (8, 16))
+    assert torch.equal(network(volumes), volumes[:, 1:])
+    torch.nn.init.normal_(network.head[-1].weight, std=0.1, generator=generator)
+    changed = network(volumes).detach() - volumes[:, 1:]
+    assert float((changed.abs() > 1e-6).float().mean()) > 0.99
+    # The volume that is not the last one matters too, and so does where a voxel is.
+    other = volumes.clone()
+    other[:, 0] += 0.5
+    assert not torch.allclose(network(other) - other[:, 1:], changed, atol=1e-3)
+    flat = network(torch.zeros(1, 2, 8, 16, 8)).detach()
+    assert float((flat[..., :4, :, :] - flat[..., 4:, :, :]).abs().max()) > 1e-4
+    with pytest.raises(InputError, match=r"volume: found \(8, 6, 8\) voxels, expected multiples of 4 on each axis"):
+        network(torch.zeros(1, 2, 8, 6, 8))
+
+
+def test_every_weight_of_a_refinement_has_a_gradient():
+    network = Refinement(1, (8, 16))
+    for name, weight in network.named_parameters():
+        if name.endswith("weight") and float(weight.detach().abs().max()) == 0:  # begins as the identity
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    network(torch.rand(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(2))).square().mean().backward()
+    assert all(float(weight.grad.abs().max()) > 0 for weight in network.parameters())
+
+
+def test_a_guess_is_moved_to_its_xrays_and_refined_and_its_network_is_left_alone(tmp_path, vqgan):
+    some, later = (patients(8, seed=seed).with_views("2view") for seed in (0, 9))
+    guess = train_initial(some, vqgan, GUESS, tmp_path / "guess" / "initial")
+    metadata = load_initial(tmp_path / "guess" / "initial")[2]
+    history = training_history(metadata)
+    network = train_initial(later, vqgan, REFINED, tmp_path / "initial", start=guess, history=history)
+    assert same(network.field, guess.field) and network.refinement is not None
+    assert [h["steps"] for h in training_history(load_initial(tmp_path / "initial")[2])] == [40, 40]
+    seen = network.unrefined(later.xrays, later.views).detach()
+    torch.testing.assert_close(seen[:, :1], guess(later.xrays, later.views).detach())
+    for x, images in zip(seen, later.xrays, strict=True):
+        before, after = residual(x, images, later.views, SMALL)
+        assert after < 0.5 * before
+    assert error(network, later) < 0.8 * error(guess, later)
+    # It goes on from there, and the guesses are read from disk.
+    kept = list((tmp_path / "latents").glob("*.safetensors"))
+    assert any(path.stat().st_size > later.unit().numel() * 2 * 2 for path in kept)
+    again = train_initial(later, vqgan, REFINED, tmp_path / "again" / "initial", start=network, stop_after=0)
+    assert error(again, later) == pytest.approx(error(network, later), rel=0.05)
+
+
+def test_a_solvers_volume_is_refined(tmp_path, vqgan):
+    some = patients(8).with_views("4view")
+    network = train_initial(some, vqgan, SOLVED, tmp_path / "initial")
+    torch.testing.assert_close(
+        network.unrefined(some.xrays, some.views), initial_volume(some.xrays, some.views, SOLVED)
+    )
+    before = float((initial_volume(some.xrays, some.views, SOLVED) - some.unit()).square().mean())
+    assert network.field is None and error(network, some) < 0.8 * before
+    assert same(load_initial(tmp_path / "initial")[0], network)
+    # The denoiser learns behind the same guess that samples are drawn behind.
+    model = train_ldm(some, vqgan, SOLVED, tmp_path / "ldm", network=tmp_path / "initial")
+    known = guessed(some, vqgan, model, tmp_path / "latents", "cpu")
+    torch.testing.assert_close(known, initial_latent(model, vqgan, some.xrays, some.views), atol=0.02, rtol=0.02)
+    found = first_guess(model, vqgan, some.xrays, some.views)
+    volume = network(some.xrays, some.views).detach()
+    torch.testing.assert_close(found.lost, volume - vqgan.decode(found.latent), atol=1e-5, rtol=1e-5)
+    half = unrefined(some, vqgan, network, tmp_path / "latents", "cpu")
+    assert half.dtype == torch.float16
+
+
+def test_what_cannot_be_refined_is_said(tmp_path, vqgan):
+    some = patients(2).with_views("2view")
+    with pytest.raises(InputError, match="there is no guess to refine; pass an initial network in voxels, or an INRR3"):
+        train_initial(some, vqgan, REFINED, tmp_path / "initial")
+    with pytest.raises(InputError, match="only a refinement is told of a solver"):
+        InitialVolume(SOLVED.replace(initial={"refine_widths": ()}))
+    with pytest.raises(InputError, match="xrays: found 2 images, expected 1, one per view"):
+        InitialVolume(SOLVED)(some.xrays, some.views[:1])
