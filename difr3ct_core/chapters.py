@@ -19,6 +19,7 @@ Layout::
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -27,11 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from . import ct
 from .checkpoints import read_log
 from .checks import pick_device
-from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays, through_detectors
+from .datasets import Patients, load_patients, make_cohort, preset_views, render_xrays, rendered, through_detectors
 from .deformation import deformed_copies
 from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors
@@ -149,13 +151,7 @@ class Chapter:
                 f"train_decoder.steps: found 0 in preset {self.preset.name!r}, which leaves the decoder's own training "
                 "out; set it with --set steps=8000."
             )
-        others = None
-        if scan is not None:
-            if Path(scan).resolve().is_relative_to((self.data / "sample_ct" / "lidc_idri_0001").resolve()):
-                raise InputError(f"{scan}: LIDC-IDRI-0001 is the test patient and trains nothing; take another scan.")
-            volume = self.preset.volume
-            fine = ct.prepare_ct(ct.read_ct(scan), dataclasses.replace(volume, size=2 * volume.size))
-            others = ct.hu_to_unit(deformed_copies(fine.hu, volume, 128, self.seed), volume)
+        others = None if scan is None else ct.hu_to_unit(self.copies(scan, 128), self.preset.volume)
         vqgan = load_vqgan(start, self.device)[0] if start is not None else self.first_vqgan()
         history = []
         if rank() == 0:  # which alone writes the file
@@ -164,6 +160,18 @@ class Chapter:
             vqgan, self.patients("train"), self.preset, self.run / "decoder", self.seed, self.device,
             self.patients("val"), stop_after, others, history=history,
         )  # fmt: skip
+
+    def copies(self, scan: str | Path, count: int) -> Tensor:
+        """Deformed copies of a real CT on the preset's grid: HU (count, 1, z, y, x).
+
+        Raises:
+            InputError: the scan is the test patient, or cannot be read.
+        """
+        if Path(scan).resolve().is_relative_to((self.data / "sample_ct" / "lidc_idri_0001").resolve()):
+            raise InputError(f"{scan}: LIDC-IDRI-0001 is the test patient and trains nothing; take another scan.")
+        volume = self.preset.volume
+        fine = ct.prepare_ct(ct.read_ct(scan), dataclasses.replace(volume, size=2 * volume.size))
+        return deformed_copies(fine.hu, volume, count, self.seed)
 
     def weights(self, model: str) -> Path:
         """Where the weights of a model are or will be: a file that ships with the project, or its run folder.
@@ -250,22 +258,27 @@ class Chapter:
         stop_after: int | None = None,
         start: str | Path | None = None,
         network: str | Path | None = None,
+        scan: str | Path | None = None,
     ) -> InitialNetwork | InitialVolume:
         """The initial network for a set of views, or "any", finished or trained now; see :meth:`ldm`.
 
         ``start``: weights of a diffusion model; a training begins with its initial network, if it has one, unless
-        ``network`` names another, or an INRR3CT. Where the preset refines a guess, it is the guess of that.
+        ``network`` names another, or an INRR3CT. Where the preset refines a guess, it is the guess of that; deformed
+        copies of ``scan``, as in :meth:`decoder`, are then a fifth of what the refinement learns from.
         """
         any_view = view_set == "any"
         beginning, history = None if start is None else load_ldm(start, self.device)[0].initial_network, []
         if network is not None:
             beginning, _, metadata = load_initial(network, self.device)
             history = training_history(metadata)
-        vqgan = self._autoencoder(start)
+        vqgan, train = self._autoencoder(start), self._training(None if any_view else view_set)
+        others = None
+        if scan is not None:
+            others = rendered(self.copies(scan, math.ceil(len(train) / 4)), train.views, self.preset)
         return train_initial(
-            self._training(None if any_view else view_set), vqgan, self.preset,
+            train, vqgan, self.preset,
             self.run / f"initial-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"),
-            beginning, history,
+            beginning, history, others,
         )  # fmt: skip
 
     def short_run(self, model: str) -> Path:

@@ -130,6 +130,24 @@ class Patients:
             xrays=self.xrays[rows],
         )
 
+    def joined(self, others: Patients) -> Patients:
+        """These patients and others with x-rays of the same views."""
+        if self.views != others.views or self.volume != others.volume:
+            raise InputError(
+                "patients: found two sets of other views or grids, expected the same ones; render them anew."
+            )
+        both = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in ("hu", "labels", "xrays")}
+        return dataclasses.replace(self, ids=(*self.ids, *others.ids), **both)
+
+
+def rendered(hu: Float[Tensor, "n 1 z y x"], views: Sequence[View], preset: Preset) -> Patients:
+    """Patients without labels from volumes in HU on the preset's grid, their x-rays rendered."""
+    whole = hu[:, 0].clamp(preset.volume.hu_min, preset.volume.hu_max).round().to(torch.int16)
+    images = [render_xrays(part.float(), views, preset.volume, preset.xray) for part in whole.split(32)]
+    ids = tuple(f"copy-{i:04d}" for i in range(len(whole)))
+    labels = torch.zeros(whole.shape, dtype=torch.uint8)
+    return Patients(ids, whole, labels, torch.cat(images), tuple(views), preset.volume)
+
 
 def through_detectors(patients: Patients, seed: int = 0, limits: DetectorRange | None = None) -> Patients:
     """The same patients, each x-rayed by a detector of its own: for a model that is to expect real ones.

@@ -21,7 +21,7 @@ from .geometry import views_to_json
 from .initial import solved_latent
 from .initial_network import InitialNetwork, build_initial
 from .initial_volume import InitialVolume
-from .latents import encoded, solved, unrefined
+from .latents import data_digest, encoded, solved, unrefined
 from .presets import VIEW_SETS, Preset
 from .results import provenance
 from .stages import _common, _finished, _numbers, _prepare, _seen, draw_views, fan_angles
@@ -42,6 +42,7 @@ def train_initial(
     validation: Patients | None = None,
     start: InitialNetwork | InitialVolume | None = None,
     history: Sequence[dict[str, Any]] = (),
+    others: Patients | None = None,
 ) -> InitialNetwork | InitialVolume:
     """The initial network of ``folder`` for the views of ``train``: loaded if finished, else trained or resumed.
 
@@ -56,6 +57,8 @@ def train_initial(
             on patients that the guess was not trained with, whose errors are not those of patients it never saw.
         history: the trainings that led to ``start``, for the record
             (:func:`difr3ct_core.weights.training_history`).
+        others: further patients with x-rays of the same views, such as deformed copies of a real CT, that a refinement
+            learns from.
 
     Raises:
         InputError: the preset has no initial network, ``start`` is of another shape, or there is no guess to refine.
@@ -75,6 +78,10 @@ def train_initial(
     }
     if start is not None:
         fingerprint["start"] = state_digest(start)
+    if others is not None:
+        if not preset.initial.refine_widths or any_view:
+            raise InputError("scan: is for a refinement (initial.refine_widths) with one set of views; leave it out.")
+        fingerprint["others"] = data_digest(others)
     if _finished(path, fingerprint):
         return load_initial(path, device)[0]
     torch.manual_seed(seed)
@@ -93,6 +100,9 @@ def train_initial(
     guesses = None
     if isinstance(model, InitialVolume) and refines and not any_view:
         guesses = unrefined(train, vqgan, model, folder.parent / "latents", device)
+        if others is not None:
+            further = unrefined(others, vqgan, model, folder.parent / "latents", device)
+            guesses, train = torch.cat([guesses, further]), train.joined(others)
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch_index(len(train), settings.batch_size, step, seed)[part]
@@ -100,10 +110,9 @@ def train_initial(
         views = [train.views[i] for i in pick]
         xrays = train.xrays[rows][:, pick].to(device)
         if latents is None:
-            truth, known = train.unit(rows).to(device), {}
-            if guesses is not None:
-                known["unrefined"] = guesses[rows.to(guesses.device)].float()
-            return model.loss(xrays, views, truth, generator, part, settings.batch_size, **known), {}
+            truth = train.unit(rows).to(device)
+            seen = {} if guesses is None else {"unrefined": guesses[rows.to(guesses.device)].float()}
+            return model.loss(xrays, views, truth, generator, part, settings.batch_size, **seen), {}
         at = rows.to(latents.device)
         known = solved_latent(vqgan, xrays, views, preset) if solutions is None else solutions[at]
         return (model(xrays, views, known) - latents[at]).square().mean(), {}

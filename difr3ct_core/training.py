@@ -314,7 +314,9 @@ def main(arguments: list[str] | None = None) -> int:
         type=Path,
         help="initial, LDM: an initial network trained elsewhere, or an INRR3CT: its run or weights",
     )
-    parser.add_argument("--scan", type=Path, help="decoder: a real CT; deformed copies of it join the training")
+    parser.add_argument(
+        "--scan", type=Path, help="decoder, refinement: a real CT; deformed copies of it join the training"
+    )
     parser.add_argument(
         "--detectors", action="store_true", help="initial, LDM: x-rays of simulated imperfect detectors"
     )
@@ -340,8 +342,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         chapter.shipped = False
         chapter.detectors = options.detectors
-        if options.scan and options.stage != "decoder":
-            raise InputError("--scan: is for --stage decoder alone; leave it out.")
+        if options.scan and options.stage not in ("decoder", "initial"):
+            raise InputError("--scan: is for the stages decoder and initial; leave it out.")
         if options.detectors and (options.stage in ("vqgan", "decoder") or options.views == "any"):
             raise InputError("--detectors: is for the stages initial and ldm with one set of views; leave it out.")
         if options.network and options.stage not in ("initial", "ldm"):
@@ -351,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.stage == "decoder":
             chapter.decoder(options.stop_after, options.weights, options.scan)
         elif options.stage == "initial":
-            chapter.initial(options.views, options.stop_after, options.weights, options.network)
+            chapter.initial(options.views, options.stop_after, options.weights, options.network, options.scan)
         else:
             chapter.ldm(options.views, options.stop_after, options.weights, options.network)
     except (InputError, TrainingError) as error:

@@ -7,6 +7,7 @@ import torch
 from small_models import SMALL, patients, same
 
 from difr3ct_core.consistency import residual
+from difr3ct_core.datasets import render_xrays, rendered
 from difr3ct_core.files import InputError
 from difr3ct_core.initial import first_guess, initial_latent
 from difr3ct_core.initial_volume import InitialVolume, Refinement, initial_volume
@@ -117,3 +118,17 @@ def test_what_cannot_be_refined_is_said(tmp_path, vqgan):
         InitialVolume(SOLVED.replace(initial={"refine_widths": ()}))
     with pytest.raises(InputError, match="xrays: found 2 images, expected 1, one per view"):
         InitialVolume(SOLVED)(some.xrays, some.views[:1])
+
+
+def test_deformed_copies_of_a_scan_join_what_a_refinement_learns_from(tmp_path, vqgan):
+    some, scan = patients(6).with_views("4view"), patients(4, seed=3)
+    copies = rendered(scan.hu[:, None].float() + 40, some.views, SOLVED)
+    both = some.joined(copies)
+    torch.testing.assert_close(both.xrays[6:], render_xrays(both.hu[6:].float(), both.views, SMALL.volume, SMALL.xray))
+    alone = train_initial(some, vqgan, SOLVED, tmp_path / "alone" / "initial")
+    network = train_initial(some, vqgan, SOLVED, tmp_path / "both" / "initial", others=copies)
+    assert error(network, copies) < 0.95 * error(alone, copies)
+    with pytest.raises(InputError, match="patients: found two sets of other views or grids"):
+        some.joined(copies.with_views("2view"))
+    with pytest.raises(InputError, match="scan: is for a refinement"):
+        train_initial(some, vqgan, GUESS, tmp_path / "guess" / "initial", others=copies)
