@@ -84,6 +84,10 @@ def overconfidence(
 USUAL_OVERCONFIDENCE = 2.0
 
 
+#: Weight of the total variation in mm for each HU of the samples' mean deviation, and the largest.
+TV_PER_HU, TV_WEIGHT_MM = 1e-5, 0.0005
+
+
 def correct(
     samples: Float[Tensor, "s z y x"],
     xrays: Float[Tensor, "n v u"],
@@ -91,7 +95,7 @@ def correct(
     preset: Preset,
     method: str = "tv",
     iterations: int | None = None,
-    tv_weight_mm: float = 0.0005,
+    tv_weight_mm: float | None = None,
     prior_weight_mm: float = 0.1,
     batch: int = 8,
 ) -> Float[Tensor, "s z y x"]:
@@ -105,11 +109,12 @@ def correct(
         method: one of :data:`METHODS`, see the table above; "spread" takes the variance over these samples.
         iterations: by default 15 for "lsq" and "spread", 40 for "tv".
         tv_weight_mm, prior_weight_mm: of :func:`difr3ct_core.baselines.classical.tv`, chosen on validation phantoms at
-            64³; the first is an eighth of what suits the solver alone, for a sample is no blank page. The latter is the
-            weight of a voxel of average variance; from two samples on, others have it in inverse proportion to their
-            variance, as the precision of a Gaussian prior has, and all of them fall as :func:`overconfidence` rises
-            above what is usual: a prior that is shown to be wrong has the larger variance, and errors of a larger
-            deviation want the total variation raised in proportion.
+            64³. The first is by default :data:`TV_PER_HU` times the samples' mean deviation, for in a sum of squares
+            and of absolute differences the latter has to grow with the size of the errors; at most an eighth of what
+            suits the solver alone, for a sample is no blank page. The other is the weight of a voxel of average
+            variance; from two samples on, others have it in inverse proportion to their variance, as the precision of
+            a Gaussian prior has, and all of them fall as :func:`overconfidence` rises above what is usual: a prior that
+            is shown to be wrong has the larger variance, and the total variation rises with the deviation.
         batch: samples corrected together.
 
     Returns:
@@ -126,6 +131,9 @@ def correct(
     if method == "spread" and len(samples) < 2:
         raise InputError(f"consistency: 'spread' needs at least 2 samples, found {len(samples)}; draw more.")
     deviation = mu.std(0, unbiased=False)
+    if tv_weight_mm is None:
+        spread_hu = 1000 * float(deviation.mean()) / preset.xray.mu_water_per_mm
+        tv_weight_mm = min(TV_WEIGHT_MM, TV_PER_HU * spread_hu) if len(samples) > 1 else TV_WEIGHT_MM / 2
     scale = deviation + 0.1 * deviation.mean() if method == "spread" else None  # no voxel is quite certain
     hold: float | Tensor = prior_weight_mm
     if len(samples) > 1:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .consistency import residual
 from .geometry import View
 from .initial_volume import InitialVolume, initial_volume
 from .presets import Preset
@@ -47,6 +48,8 @@ class FirstGuess:
     #: What the autoencoder loses of a guess in voxels (b, 1, z, y, x): the guess minus its decoded latent, which
     #: belongs to every sample; None for a guess in latents.
     lost: Tensor | None = None
+    #: Of a guess in voxels, how far it misses its x-rays before anything moves it there, ‖A f - p‖ / ‖p‖: (b,).
+    misfit: Tensor | None = None
 
 
 def first_guess(
@@ -64,7 +67,7 @@ def first_guess(
         model: whose preset says what that is.
         vqgan, xrays, views, batch: as in :func:`solved_latent`.
         solved: what that function returned, if it is known already.
-        keep: whether to compute :attr:`FirstGuess.lost`.
+        keep: whether to compute :attr:`FirstGuess.lost` and :attr:`FirstGuess.misfit`.
 
     Returns:
         what the model's initial network says, or what the solver found where it has no such network, on the device of
@@ -75,17 +78,23 @@ def first_guess(
     network = model.initial_network
     if network is None:
         return FirstGuess(solved)
-    latents, lost = [], []
+    latents, lost, misfit = [], [], []
     with torch.no_grad():
         for rows in torch.arange(len(xrays)).split(batch):
             if isinstance(network, InitialVolume):
-                volume = network(xrays[rows], views)
+                seen = network.unrefined(xrays[rows], views)
+                volume = network.refined(seen)
                 latents.append(vqgan.encode(volume))
                 if keep:
                     lost.append(volume - vqgan.decode(latents[-1]))
+                    # A solver's volume agrees with any x-rays, so that there the refined one is asked.
+                    judged = volume if network.field is None else seen[:, :1]
+                    pairs = zip(judged[:, 0], xrays[rows], strict=True)
+                    misfit += [residual(some[None], images, views, model.preset) for some, images in pairs]
             else:
                 latents.append(network(xrays[rows], views, None if solved is None else solved[rows]))
-    return FirstGuess(torch.cat(latents), torch.cat(lost) if lost else None)
+    joined = (torch.cat(parts) if parts else None for parts in (latents, lost, misfit))
+    return FirstGuess(*joined)
 
 
 def initial_latent(

@@ -165,6 +165,9 @@ class SamplingPreset:
     n_samples: int = 8  # our choice; the paper's uncertainty study takes 100
     # Share of the way by which the mean of several samples moves to the first guess; beyond the paper, 0 without one.
     anchor: float = 0.0
+    # ‖A f - p‖ / ‖p‖ of the first guess f on patients of the training's kind, measured after it; beyond the paper. A
+    # patient whose guess misses its x-rays by more is unlike them, and its samples spread farther; 0: nobody looks.
+    usual_misfit: float = 0.0
 
 
 @dataclass(frozen=True)

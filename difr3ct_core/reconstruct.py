@@ -246,17 +246,24 @@ def posterior_samples(
                 decoded = (decoded + guess.lost[rows]).clamp(-1, 1)
             volumes[start : start + batch] = decoded[:, 0].cpu()
         drawn = volumes.view(b, n_samples, *preset.volume.shape)
-        if guess.latent is None or p.anchor == 0:
+        if guess.latent is None or p.anchor == p.usual_misfit == 0:
             return drawn
         for i, latent in enumerate(guess.latent):  # one by one: a volume of each patient at once may not fit
             mean = vqgan.decode(latent[None])
             mean = mean if guess.lost is None else mean + guess.lost[i]
-            drawn[i] = anchored(drawn[i], mean[0, 0].clamp(-1, 1).cpu(), p.anchor)
+            wider = 1.0
+            if guess.misfit is not None and p.usual_misfit > 0:
+                wider = max(1.0, float(guess.misfit[i]) / (UNUSUAL * p.usual_misfit))
+            drawn[i] = anchored(drawn[i], mean[0, 0].clamp(-1, 1).cpu(), p.anchor, wider)
     return drawn
 
 
+#: How many times the usual misfit of a first guess is unusual: phantoms of the training's kind have 0.8 to 1.3.
+UNUSUAL = 1.3
+
+
 def anchored(
-    samples: Float[Tensor, "n z y x"], mean: Float[Tensor, "z y x"], share: float = 1.0
+    samples: Float[Tensor, "n z y x"], mean: Float[Tensor, "z y x"], share: float = 1.0, wider: float = 1.0
 ) -> Float[Tensor, "n z y x"]:
     """Samples moved together, so that their mean comes nearer to a better one. Beyond the paper.
 
@@ -265,13 +272,17 @@ def anchored(
     share · (1 - 1/n) · (mean - mean of the samples): a single sample stays where it is, because it says nothing of
     where the mean of all would be.
 
+    The denoiser knows how patients of the training's kind spread. One whose guess misses its x-rays by more than theirs
+    is of another kind, and its samples are moved apart, about their mean, by as much as that.
+
     Args:
         samples: in [-1, 1].
         mean: the first guess.
-        share: 0 leaves all as it is.
+        share: 0 leaves all where it is.
+        wider: times the spread.
     """
-    n = len(samples)
-    return (samples + share * (1 - 1 / n) * (mean - samples.mean(0))).clamp(-1, 1)
+    n, centre = len(samples), samples.mean(0)
+    return (centre + wider * (samples - centre) + share * (1 - 1 / n) * (mean - centre)).clamp(-1, 1)
 
 
 def reconstruct(

@@ -24,7 +24,7 @@ from .datasets import Patients, batch_index
 from .diffusion import LatentDiffusion, diffusion_loss
 from .files import InputError, alone_in, read_safetensors, write_safetensors
 from .geometry import views_to_json
-from .initial import initial_latent
+from .initial import first_guess, initial_latent
 from .latents import data_digest, encoded, guessed
 from .metrics import psnr
 from .presets import VIEW_SETS, Preset, TrainPreset
@@ -306,6 +306,16 @@ def _validation_loss(
     return validate
 
 
+def usual_misfit(
+    model: LatentDiffusion, vqgan: VQGAN, patients: Patients, device: str | torch.device, most: int = 16
+) -> float:
+    """Mean misfit of the first guess (:class:`difr3ct_core.initial.FirstGuess`) on some patients that train nothing."""
+    some = patients.take(range(min(most, len(patients))))
+    misfit = first_guess(model, vqgan, some.xrays.to(device), some.views).misfit
+    assert misfit is not None
+    return float(misfit.mean())
+
+
 def _renew_decoder(path: Path, vqgan: VQGAN) -> None:
     """Let a finished model's file, which holds its autoencoder, take that one's new decoder."""
     if processes.rank() == 0 and state_digest(load_ldm(path)[1]) != state_digest(vqgan):
@@ -422,6 +432,8 @@ def train_ldm(
     if stop_after is None and processes.rank() == 0:
         tensors = {f"ldm.{k}": v for k, v in best.state_dict().items()}
         tensors |= {f"vqgan.{k}": v for k, v in vqgan.state_dict().items()}
+        if validation is not None and preset.initial.in_voxels and not any_view:
+            preset = preset.replace(sampling={"usual_misfit": usual_misfit(best, vqgan, sets[0], device)})
         metadata = {
             "kind": "ldm",
             "preset": preset.to_dict(),

@@ -136,6 +136,23 @@ def test_samples_of_another_patient_are_trusted_less(monkeypatch):
     assert residuals[0] < 0.1 * residuals[1]
 
 
+def test_total_variation_grows_with_the_spread_of_the_samples(monkeypatch):
+    """In a sum of squares and of absolute differences the weight of the latter scales as the errors do."""
+    _, samples, xrays = case()
+    seen = []
+    monkeypatch.setattr(consistency, "tv", lambda *a, **k: seen.append(k) or k["prior"])
+    monkeypatch.setattr(consistency, "USUAL_OVERCONFIDENCE", float("inf"))
+    monkeypatch.setattr(consistency, "TV_WEIGHT_MM", 1.0)
+    centre = samples.mean(0)
+    for width in (0.1, 0.2):
+        correct(centre + width * (samples - centre), xrays, VIEWS, SMALL)
+    assert seen[1]["weight_mm"] == pytest.approx(2 * seen[0]["weight_mm"], rel=1e-3)
+    hu = 1250 * 0.1 * float((samples - centre).square().mean(0).sqrt().mean())  # half of the window is 1250 HU
+    assert seen[0]["weight_mm"] == pytest.approx(consistency.TV_PER_HU * hu, rel=1e-3)
+    correct(samples[:1], xrays, VIEWS, SMALL)  # a single sample has no spread
+    assert seen[2]["weight_mm"] == 0.5
+
+
 def test_doubt_moves_weight_from_the_prior_to_the_total_variation(monkeypatch):
     """A prior of d times the variance holds 1/d as much, and errors of √d times the deviation want √d times the TV."""
     _, samples, xrays = case()

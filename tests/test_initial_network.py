@@ -230,6 +230,10 @@ def test_samples_move_together_to_the_first_guess(tmp_path, vqgan):
     # Where the guess is the mean and the samples are off by the same error, it is taken away but for its n-th part.
     away = anchored(mean + 0.2 + 0.1 * (samples - samples.mean(0)), mean)
     torch.testing.assert_close(away.mean(0), mean + 0.2 / 5)
+    # A patient of another kind: the spread grows about the mean, wherever that is moved.
+    wide = anchored(0.3 * samples, 0.3 * mean, 0.5, 2.5)
+    torch.testing.assert_close(wide.std(0), 0.75 * samples.std(0))
+    torch.testing.assert_close(wide.mean(0), 0.3 * moved.mean(0))
     some = patients().with_views("2view")
     preset = VOXELS.replace(sampling={"anchor": 1.0})
     train_initial(some, vqgan, preset, tmp_path / "initial")

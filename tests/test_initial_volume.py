@@ -13,9 +13,10 @@ from difr3ct_core.initial import first_guess, initial_latent
 from difr3ct_core.initial_volume import InitialVolume, Refinement, initial_volume
 from difr3ct_core.latents import guessed, unrefined
 from difr3ct_core.presets import TrainPreset
+from difr3ct_core.reconstruct import posterior_samples
 from difr3ct_core.stage_initial import train_initial
 from difr3ct_core.stages import train_ldm, train_vqgan
-from difr3ct_core.weights import load_initial, training_history
+from difr3ct_core.weights import load_initial, load_ldm, training_history
 
 SIZES = {
     "network": True,
@@ -132,3 +133,27 @@ def test_deformed_copies_of_a_scan_join_what_a_refinement_learns_from(tmp_path, 
         some.joined(copies.with_views("2view"))
     with pytest.raises(InputError, match="scan: is for a refinement"):
         train_initial(some, vqgan, GUESS, tmp_path / "guess" / "initial", others=copies)
+
+
+def test_a_patient_whose_guess_misses_its_xrays_gets_samples_that_spread_farther(tmp_path, vqgan):
+    some = patients(8).with_views("2view")
+    guess = train_initial(some, vqgan, GUESS, tmp_path / "guess" / "initial")
+    preset = REFINED.replace(sampling={"anchor": 1.0})
+    train_initial(some, vqgan, preset, tmp_path / "initial", start=guess)
+    train_ldm(some, vqgan, preset, tmp_path / "ldm", network=tmp_path / "initial", validation=patients(3, seed=2))
+    model, _, preset, _ = load_ldm(tmp_path / "ldm")
+    one = patients(1, seed=2).with_views("2view")
+    volume = guess(one.xrays, one.views).detach()[0]
+    misfit = float(residual(volume, one.xrays[0], one.views, SMALL))
+    found = first_guess(model, vqgan, one.xrays, one.views).misfit
+    assert float(found) == pytest.approx(misfit, rel=1e-4)
+    assert 0.3 * misfit < preset.sampling.usual_misfit < 3 * misfit
+    # Samples in the middle of the window, so that none is clipped however far they spread.
+    spreads = []
+    for usual in (misfit / 1.3, misfit / 3.9):
+        model.preset = preset.replace(sampling={"usual_misfit": usual})
+        spreads.append(posterior_samples(model, vqgan, one.xrays, one.views, 3)[0].std(0))
+    inside = (spreads[1] > 0) & (spreads[0] < 0.05)
+    assert float(inside.float().mean()) > 0.05
+    ratio = (spreads[1][inside] / spreads[0][inside]).median()
+    assert float(ratio) == pytest.approx(3, rel=0.05)
