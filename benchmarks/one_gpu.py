@@ -5,10 +5,13 @@
     python benchmarks/one_gpu.py --presets small small-thoracic --data data --out OUT --seconds 375 120
 
 More patients of ``lung`` than the preset has: a preset as a JSON file with ``cohort.n_train`` changed, its phantoms
-drawn by ``data_scripts/make_phantoms.py --preset FILE``. A third preset, of ``intact``, trains DIFR3CT at eight views
-for the radiotherapy study. The rows of INRR3CT, of X2CT-GAN at one frontal view and of DIFR3CT at eight views in
-``results/tables.json`` had 4096 patients of ``lung``, ``--seconds 310 130 40 --grace-s 45 --start pretrained``, and
-twelve jobs (``--only``: these, and the rest of DIFR3CT and INRR3CT).
+drawn by ``data_scripts/make_phantoms.py --preset FILE``, with ``--first N`` those that an earlier training never saw. A
+third preset, of ``intact``, trains DIFR3CT at eight views for the radiotherapy study. Two runs on an H200 are behind
+``results/tables.json``. One gave INRR3CT, X2CT-GAN at one frontal view and DIFR3CT 4096 patients of ``lung``
+(``--seconds 310 130 40 --grace-s 45 --start pretrained``, twelve jobs). In the next, DIFR3CT's refinement and INRR3CT
+went on with 2560 others, ``--first 4096``, and 768 of ``thoracic`` likewise (``--seconds 340 100 40 --grace-s 45
+--start pretrained --refine 32 48 64 --guess FOLDER``, eleven jobs); what is refined took long to compute, so that the
+refinement had a few hundred steps. The better rows of INRR3CT are in the tables.
 
 One process for a method and its views. All start together on ``lung`` and share the GPU; the steps of each are planned
 for the same time from how long its first ones take, so that every schedule of the learning rate comes to its end. Some
@@ -16,7 +19,9 @@ end early or late for it: the tables print the minutes that each had and the pat
 on from there on ``thoracic`` until the second time is over (Table II); who was late has little of it.
 
 All begin with random weights; with ``--start pretrained`` DIFR3CT goes on from those that ship instead, the any-view
-model from the 4-view one. ``detectors/8view`` is DIFR3CT on x-rays of imperfect detectors
+model from the 4-view one. With ``--refine`` its first guess is a refined volume (:mod:`difr3ct_core.initial_volume`):
+that of INRR3CT, of a solver at eight views. ``--guess`` names INRR3CT's weights, with which INRR3CT goes on too, as the
+control. ``detectors/8view`` is DIFR3CT on x-rays of imperfect detectors
 (:func:`difr3ct_core.datasets.through_detectors`), for ``benchmarks/detectors.py``.
 
 Writes into ``--out``: ``small-ldm-VIEWS.safetensors`` (bfloat16), ``tables.json`` and ``tables_COHORT.npz`` (as

@@ -83,10 +83,13 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
     n_train = metadata["fingerprint"].get("n_train", cohort["n_train"])
     if initial.get("in_voxels"):
         command += " --network NETWORK"
-    others = metadata["fingerprint"].get("others")
+    others, copies = metadata["fingerprint"].get("others"), metadata.get("initial_others")
     seen = " No real patient was trained on."
     if stage == "ldm":
         seen = " No real patient was trained on, but for what the card of its autoencoder says."
+    if copies:
+        seen = (f" The refinement of its first guess also learned from {copies[0]} deformed copies of one real CT, "
+                f"{100 * copies[1]:.0f} % of its volumes; the autoencoder's card tells of its own.")  # fmt: skip
     if others:
         command += " --scan CT"
         seen = f" {100 * others[1]:g} % of the volumes were deformed copies, {others[0]} in all, of one real CT."
@@ -114,9 +117,12 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
            f"`{initial['solver']}`, {initial['iterations']} iterations"
            + (", refined by an initial network (sine layers, trained first, by least squares)."
               if initial.get("network") else ".")]
-          if stage == "ldm" and initial.get("solver", "none") != "none" else []),
-        *(["- **Condition**: features along rays (Eq. 10) and, beyond the paper, the encoded volume of an INRR3CT, "
-           "trained first, by least squares. What the autoencoder loses of that volume is added to every sample."]
+          if stage == "ldm" and initial.get("solver", "none") != "none" and not initial.get("in_voxels") else []),
+        *(["- **Condition**: features along rays (Eq. 10) and, beyond the paper, the encoded volume of "
+           + (f"an INRR3CT{', moved to its x-rays,' if initial.get('refine_widths') else ''}"
+              if initial["solver"] == "none" else f"`{initial['solver']}`, {initial['iterations']} iterations,")
+           + (" refined by a 3D U-Net," if initial.get("refine_widths") else "")
+           + " trained first, by least squares. What the autoencoder loses of that volume is added to every sample."]
           if stage == "ldm" and initial.get("in_voxels") else []),
         *(["- **All trainings behind it**: " + "; ".join(
             f"{h['kind']} {h['steps']} steps of {h['batch_size']}, {h['wall_s'] / 60:.0f} min"

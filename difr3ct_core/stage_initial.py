@@ -81,7 +81,8 @@ def train_initial(
     if others is not None:
         if not preset.initial.refine_widths or any_view:
             raise InputError("scan: is for a refinement (initial.refine_widths) with one set of views; leave it out.")
-        fingerprint["others"] = data_digest(others)
+        share = round(len(others) / (len(train) + len(others)), 3)
+        fingerprint["others"] = [len(others), share, data_digest(others)]
     if _finished(path, fingerprint):
         return load_initial(path, device)[0]
     torch.manual_seed(seed)

@@ -372,7 +372,7 @@ def train_ldm(
         "diffusion": dataclasses.asdict(preset.diffusion),
         **_seen(preset, train, vqgan, any_view),
     }
-    beginning, first, history = None, None, []
+    beginning, first, others, history = None, None, None, []
     if start is not None:
         beginning, history = _beginning(start, fingerprint["autoencoder"])
         fingerprint["start"] = state_digest(beginning)
@@ -380,6 +380,8 @@ def train_ldm(
     if network is not None:
         before = None if first is None else state_digest(first)
         first, _, metadata = load_initial(network)
+        # What a refinement learned from beside phantoms (a finished model that holds one says it itself).
+        others = metadata.get("initial_others") or metadata.get("fingerprint", {}).get("others")
         if state_digest(first) != before:  # else its training is told already
             history = [*history, *training_history(metadata)]
     if first is not None:
@@ -440,6 +442,7 @@ def train_ldm(
             "views": views_to_json(train.views),
             **({"any_view_most": preset.any_view.most} if any_view else {}),
             **({"latents_of": vqgan.latents_of} if vqgan.latents_of else {}),
+            **({"initial_others": others} if others else {}),
             "fingerprint": fingerprint,
             "provenance": provenance(preset.name, seed, device, seconds_trained(folder)),
         }
