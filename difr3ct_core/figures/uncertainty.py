@@ -210,6 +210,7 @@ def phantom_and_real(result: Result) -> Figure:
 DETECTORS = {
     "residual": ("re-projection residual", "red"),
     "standardised": ("misfit against the usual", "orange"),
+    "guess": ("misfit of the first guess", "black"),
     "peak": ("largest misfit of a spot", "purple"),
     "xray_alone": ("x-ray alone, no model", "green"),
     "spread": ("mean spread in the body", "blue"),
