@@ -26,6 +26,7 @@ from .presets import Preset
 from .vqgan import VQGAN
 
 if TYPE_CHECKING:
+    from .datasets import Patients
     from .diffusion import LatentDiffusion
 
 
@@ -95,6 +96,16 @@ def first_guess(
                 latents.append(network(xrays[rows], views, None if solved is None else solved[rows]))
     joined = (torch.cat(parts) if parts else None for parts in (latents, lost, misfit))
     return FirstGuess(*joined)
+
+
+def usual_misfit(
+    model: LatentDiffusion, vqgan: VQGAN, patients: Patients, device: str | torch.device, most: int = 16
+) -> float:
+    """Mean misfit of the first guess (:class:`difr3ct_core.initial.FirstGuess`) on some patients that train nothing."""
+    some = patients.take(range(min(most, len(patients))))
+    misfit = first_guess(model, vqgan, some.xrays.to(device), some.views).misfit
+    assert misfit is not None
+    return float(misfit.mean())
 
 
 def initial_latent(

@@ -24,7 +24,7 @@ from .datasets import Patients, batch_index
 from .diffusion import LatentDiffusion, diffusion_loss
 from .files import InputError, alone_in, read_safetensors, write_safetensors
 from .geometry import views_to_json
-from .initial import first_guess, initial_latent
+from .initial import initial_latent, usual_misfit
 from .latents import data_digest, encoded, guessed
 from .metrics import psnr
 from .presets import VIEW_SETS, Preset, TrainPreset
@@ -304,16 +304,6 @@ def _validation_loss(
         return {"val_loss": total / len(sets) / rounds}
 
     return validate
-
-
-def usual_misfit(
-    model: LatentDiffusion, vqgan: VQGAN, patients: Patients, device: str | torch.device, most: int = 16
-) -> float:
-    """Mean misfit of the first guess (:class:`difr3ct_core.initial.FirstGuess`) on some patients that train nothing."""
-    some = patients.take(range(min(most, len(patients))))
-    misfit = first_guess(model, vqgan, some.xrays.to(device), some.views).misfit
-    assert misfit is not None
-    return float(misfit.mean())
 
 
 def _renew_decoder(path: Path, vqgan: VQGAN) -> None:

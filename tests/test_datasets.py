@@ -57,6 +57,19 @@ def test_a_larger_training_set_never_holds_a_test_patient(cohort, tmp_path, monk
     assert len({p["seed"] for p in large}) == len(large) == 5005
 
 
+def test_further_training_patients_stand_beside_the_same_test_patients(cohort, tmp_path):
+    """The phantoms from number 2 on: the last of the three, and two that the cohort does not have."""
+    further = make_cohort(tmp_path / "further", PRESET, workers=1, first=2)
+    for split in ("val", "test"):
+        assert torch.equal(load_patients(further, split).hu, load_patients(cohort, split).hu)
+    before, after = (load_patients(folder, "train").hu for folder in (cohort, further))
+    assert torch.equal(after[0], before[2])
+    assert not any(torch.equal(a, b) for a in after[1:] for b in before)
+    assert make_cohort(further, PRESET, workers=1) == further  # asked for nothing, it stays what it is
+    with pytest.raises(InputError, match="the cohort there was made with other numbers"):
+        make_cohort(further, PRESET, workers=1, first=0)
+
+
 def test_the_same_seeds_make_the_same_patients(cohort, tmp_path):
     again = make_cohort(tmp_path / "again", PRESET, workers=1)
     assert checksums(again) == checksums(cohort)
