@@ -279,10 +279,15 @@ def anchored(
         samples: in [-1, 1].
         mean: the first guess.
         share: 0 leaves all where it is.
-        wider: times the spread.
+        wider: times the spread, from 1 on; less in voxels where a sample would leave the window and move their mean.
     """
     n, centre = len(samples), samples.mean(0)
-    return (centre + wider * (samples - centre) + share * (1 - 1 / n) * (mean - centre)).clamp(-1, 1)
+    apart = samples - centre
+    moved = centre + share * (1 - 1 / n) * (mean - centre)
+    if wider > 1:
+        room = torch.where(apart > 0, 1 - moved, 1 + moved) / apart.abs().clamp_min(torch.finfo(apart.dtype).tiny)
+        apart = apart * room.amin(0).clamp(1, wider)
+    return (moved + apart).clamp(-1, 1)
 
 
 def reconstruct(

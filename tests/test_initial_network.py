@@ -234,6 +234,12 @@ def test_samples_move_together_to_the_first_guess(tmp_path, vqgan):
     wide = anchored(0.3 * samples, 0.3 * mean, 0.5, 2.5)
     torch.testing.assert_close(wide.std(0), 0.75 * samples.std(0))
     torch.testing.assert_close(wide.mean(0), 0.3 * moved.mean(0))
+    # Near the end of the window it grows as far as it can, and the mean stays.
+    low = 0.3 * samples - 0.8
+    wide = anchored(low, low.mean(0), 1.0, 10.0)
+    torch.testing.assert_close(wide.mean(0), low.mean(0), atol=1e-6, rtol=0)
+    assert float(wide.min()) >= -1
+    assert torch.all(wide.std(0) > 1.2 * low.std(0))
     some = patients().with_views("2view")
     preset = VOXELS.replace(sampling={"anchor": 1.0})
     train_initial(some, vqgan, preset, tmp_path / "initial")
