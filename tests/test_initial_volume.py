@@ -82,8 +82,8 @@ def test_a_guess_is_moved_to_its_xrays_and_refined_and_its_network_is_left_alone
     torch.testing.assert_close(seen[:, :1], guess(later.xrays, later.views).detach())
     for x, images in zip(seen, later.xrays, strict=True):
         before, after = residual(x, images, later.views, SMALL)
-        assert after < 0.5 * before
-    assert error(network, later) < 0.8 * error(guess, later)
+        assert after < 0.7 * before
+    assert error(network, later) < 0.9 * error(guess, later)
     # It goes on from there, and the guesses are read from disk.
     kept = list((tmp_path / "latents").glob("*.safetensors"))
     assert any(path.stat().st_size > later.unit().numel() * 2 * 2 for path in kept)
