@@ -227,7 +227,7 @@ def detection(result: Result) -> Figure:
     ``auc_finding`` (finding -> area by the residual), ``threshold``; ``real``, residual of the real scan, or None.
     """
     a, v = result.arrays, result.values
-    figure, axes = new_figure(10.0, 5.2, 1, 2, width_ratios=(1, 1.35))
+    figure, axes = new_figure(10.0, 5.8, 1, 2, width_ratios=(1, 1.35))
     ax = axes[0, 0]
     ax.plot([0, 100], [0, 100], "--", color=COLOURS["grey"], linewidth=1)
     for name, (words, colour) in DETECTORS.items():
@@ -236,8 +236,8 @@ def detection(result: Result) -> Figure:
     ax.set_xlabel("normal chests flagged, %")
     ax.set_ylabel("altered chests flagged, %")
     ax.set_aspect("equal")
-    ax.legend(  # below: six curves leave no corner free
-        loc="upper center", bbox_to_anchor=(0.4, -0.17), ncol=2, fontsize=8, title="area under the curve",
+    ax.legend(  # below: seven curves leave no corner free
+        loc="upper center", bbox_to_anchor=(0.4, -0.15), ncol=2, fontsize=8, title="area under the curve",
         title_fontsize=8.5, columnspacing=1.0,
     )  # fmt: skip
     ax = axes[0, 1]
