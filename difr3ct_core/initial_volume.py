@@ -25,8 +25,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import ct
 from .baselines.classical import METHODS, tv
+from .consistency import to_mu, to_unit
 from .convolution import Conv3d
 from .files import InputError
 from .geometry import View
@@ -61,12 +61,8 @@ def initial_volume(
     with torch.no_grad(), torch.autocast(xrays.device.type, enabled=False):
         for chunk in xrays.float().split(batch):
             mu = SOLVERS[p.solver](chunk, views, preset.volume.shape, preset.volume.spacing_mm, iterations=p.iterations)
-            parts.append(_to_unit(mu, preset))
+            parts.append(to_unit(mu, preset)[:, None])
     return torch.cat(parts)
-
-
-def _to_unit(mu: Float[Tensor, "b z y x"], preset: Preset) -> Float[Tensor, "b 1 z y x"]:
-    return ct.hu_to_unit(ct.mu_to_hu(mu, preset.xray.mu_water_per_mm), preset.volume)[:, None]
 
 
 def check_images(xrays: Tensor, views: Sequence[View]) -> None:
@@ -206,13 +202,13 @@ class InitialVolume(nn.Module):
                 return found
             batch = 8 if xrays.device.type == "cpu" else 64
             with torch.no_grad():
-                mu = ct.hu_to_mu(ct.unit_to_hu(found[:, 0], volume), preset.xray.mu_water_per_mm)
+                mu = to_mu(found[:, 0], preset)
                 parts = [
                     tv(images, views, volume.shape, volume.spacing_mm, weight_mm=TV_WEIGHT_MM, iterations=ITERATIONS,
                        prior=prior, prior_weight_mm=PRIOR_WEIGHT_MM)
                     for images, prior in zip(xrays.float().split(batch), mu.split(batch), strict=True)
                 ]  # fmt: skip
-            return torch.cat([found, _to_unit(torch.cat(parts), preset)], dim=1)
+            return torch.cat([found, to_unit(torch.cat(parts), preset)[:, None]], dim=1)
 
     def loss(
         self,
