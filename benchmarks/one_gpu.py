@@ -11,7 +11,8 @@ third preset, of ``intact``, trains DIFR3CT at eight views for the radiotherapy 
 (``--seconds 310 130 40 --grace-s 45 --start pretrained``, twelve jobs). In the next, DIFR3CT's refinement and INRR3CT
 went on with 2560 others, ``--first 4096``, and 768 of ``thoracic`` likewise (``--seconds 340 100 40 --grace-s 45
 --start pretrained --refine 32 48 64 --guess FOLDER``, eleven jobs); what is refined took long to compute, so that the
-refinement had a few hundred steps. The better rows of INRR3CT are in the tables.
+refinement had a few hundred steps, and at eight views it refined a solver's volume. The better rows of INRR3CT are in
+the tables.
 
 One process for a method and its views. All start together on ``lung`` and share the GPU; the steps of each are planned
 for the same time from how long its first ones take, so that every schedule of the learning rate comes to its end. Some
@@ -20,8 +21,8 @@ on from there on ``thoracic`` until the second time is over (Table II); who was 
 
 All begin with random weights; with ``--start pretrained`` DIFR3CT goes on from those that ship instead, the any-view
 model from the 4-view one. With ``--refine`` its first guess is a refined volume (:mod:`difr3ct_core.initial_volume`):
-that of INRR3CT, of a solver at eight views. ``--guess`` names INRR3CT's weights, with which INRR3CT goes on too, as the
-control. ``detectors/8view`` is DIFR3CT on x-rays of imperfect detectors
+that of INRR3CT, at eight views of the one for four. ``--guess`` names INRR3CT's weights, with which INRR3CT goes on
+too, as the control. ``detectors/8view`` is DIFR3CT on x-rays of imperfect detectors
 (:func:`difr3ct_core.datasets.through_detectors`), for ``benchmarks/detectors.py``.
 
 Writes into ``--out``: ``small-ldm-VIEWS.safetensors`` (bfloat16), ``tables.json`` and ``tables_COHORT.npz`` (as
@@ -65,8 +66,6 @@ from difr3ct_core.weights import export_weights, load_initial, load_ldm, trainin
 INITIAL = {"batch_size": 16, "lr": 5e-4, "warmup_steps": 100}
 REFINEMENT = {"batch_size": 16, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995, "precision": "auto",
               "betas": (0.9, 0.99), "channels_last": True}  # fmt: skip
-#: What is refined at more views than INRR3CT has.
-SOLVER = {"solver": "tv_body", "iterations": 50, "network": True, "in_voxels": True}
 LDM = {"batch_size": 32, "lr": 1e-3, "warmup_steps": 100, "ema_decay": 0.995}
 BASELINES = {
     "inrr3ct": ["batch_size=8", "lr=0.0003", "warmup_steps=100"],
@@ -189,7 +188,8 @@ class Job:
 
     def guess_of(self, cohort: str, begin: Path | None) -> Path | None:
         """INRR3CT's weights of a cohort, with the refinement of ``begin`` if that has one; None if there are none."""
-        found = self.plan.guess and self.plan.guess / f"{cohort}-{self.views}.safetensors"
+        views = self.views if self.views in METHODS["inrr3ct"].view_sets else "4view"  # of which it takes four
+        found = self.plan.guess and self.plan.guess / f"{cohort}-{views}.safetensors"
         if not found or not found.exists():
             return None
         network, _, metadata = load_initial(found)
@@ -209,10 +209,9 @@ class Job:
         preset = chapter.preset if begin is None else chapter.preset.replace(initial=load_ldm(begin)[2].initial)
         network = None
         if self.plan.refine:
-            if not preset.initial.in_voxels:
-                preset = preset.replace(initial=SOLVER)
-            preset = preset.replace(initial={"refine_widths": self.plan.refine})
-            network = None if cohort == "lung" else self.guess_of(cohort, begin)
+            network = self.guess_of(cohort, begin) if cohort != "lung" or not preset.initial.in_voxels else None
+            guess = {"solver": "none", "network": True, "in_voxels": True, "refine_widths": self.plan.refine}
+            preset = preset.replace(initial=guess)
         any_view = self.views == "any"
         train, vqgan = chapter.patients("train", None if any_view else self.views), chapter.vqgan()
         with self.plan.encoding:

@@ -59,11 +59,17 @@ DETECTORS = ("residual", "spread", "spread_95", "guess", "peak", "standardised",
 BOOTSTRAP = 2000
 
 
-def judged(chapter: Chapter, patients: Patients, drawn: torch.Tensor) -> torch.Tensor:
+def draw(chapter: Chapter, patients: Patients, samples: int) -> torch.Tensor:
+    """Samples of the model for two views."""
+    ldm, vqgan = chapter.ldm("2view"), chapter.vqgan()
+    return posterior_samples(ldm, vqgan, patients.xrays, patients.views, samples, chapter.seed)
+
+
+def judged(chapter: Chapter, patients: Patients, samples: int, drawn: torch.Tensor | None = None) -> torch.Tensor:
     """The volumes whose misfit warns: the network's own guess where the model has one, else the samples' mean."""
     network = chapter.ldm("2view").initial_network
-    if not isinstance(network, InitialVolume) or network.field is None:
-        return drawn.mean(1)
+    if not isinstance(network, InitialVolume):
+        return (draw(chapter, patients, samples) if drawn is None else drawn).mean(1)
     volume = patients.volume
     with torch.no_grad():
         return network.field.volume(patients.xrays, patients.views, volume.shape, volume.spacing_mm)[:, 0]
@@ -137,8 +143,7 @@ def usual_of(chapter: Chapter, samples: int, count: int = 48) -> Usual:
     """From the training patients, ``count`` of them for the misfits."""
     train = chapter.patients("train", "2view")
     few = train.take(range(min(count, len(train))))
-    drawn = posterior_samples(chapter.ldm("2view"), chapter.vqgan(), few.xrays, few.views, samples, chapter.seed)
-    pairs = zip(judged(chapter, few, drawn), few.xrays, strict=True)
+    pairs = zip(judged(chapter, few, samples), few.xrays, strict=True)
     misfits = torch.stack([misfit(chapter, volume, images, few) for volume, images in pairs])
     return Usual.of(train.xrays, misfits)
 
@@ -148,10 +153,10 @@ def observe(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The scores of every case, and its map of standard deviation in HU."""
     views = patients.views
-    drawn = posterior_samples(chapter.ldm("2view"), chapter.vqgan(), patients.xrays, views, samples, chapter.seed)
+    drawn = draw(chapter, patients, samples)
     scores: dict[str, list[float]] = {name: [] for name in DETECTORS}
     maps = []
-    for volumes, guess, images in zip(drawn, judged(chapter, patients, drawn), patients.xrays, strict=True):
+    for volumes, guess, images in zip(drawn, judged(chapter, patients, samples, drawn), patients.xrays, strict=True):
         hu = unit_to_hu(volumes, patients.volume)
         std = hu.std(0)
         inside = std[trunk(hu.mean(0))]

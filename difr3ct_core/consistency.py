@@ -49,17 +49,17 @@ def to_unit(mu: Float[Tensor, "*any"], preset: Preset) -> Float[Tensor, "*any"]:
 
 
 def residual(
-    samples: Float[Tensor, "s z y x"], xrays: Float[Tensor, "n v u"], views: Sequence[View], preset: Preset
+    samples: Float[Tensor, "s z y x"], xrays: Float[Tensor, "*s n v u"], views: Sequence[View], preset: Preset
 ) -> Float[Tensor, " s"]:
     """Re-projection error of every sample, ‖A µ - p‖ / ‖p‖.
 
     Args:
         samples: volumes in [-1, 1].
-        xrays: line integrals of the patient.
+        xrays: line integrals of the patient, or of a patient for each volume.
         views: one per x-ray.
     """
     again = project(to_mu(samples, preset)[:, None], views, preset.volume.spacing_mm)[:, 0]
-    return (again - xrays).flatten(1).norm(dim=1) / xrays.norm()
+    return (again - xrays).flatten(1).norm(dim=1) / xrays.flatten(-3).norm(dim=-1)
 
 
 def overconfidence(

@@ -7,7 +7,7 @@ what tissue looks like, not how patients differ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -66,31 +66,58 @@ def deformed_copies(
         raise InputError(f"count: found {count}, expected at least 1.")
     generator = torch.Generator().manual_seed(seed)
     density = (hu.clamp(volume.hu_min, volume.hu_max) - AIR_HU)[None, None]
-    unit = 2 / volume.fov_mm  # of the coordinates of affine_grid: the cube from -1 to 1
-
-    def draw(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator))
-
     copies = []
     for _ in range(count):
-        angles = (draw(-d.turn_deg, d.turn_deg), draw(-d.turn_deg, d.turn_deg), draw(-d.turn_deg, d.turn_deg))
-        turn = torch.as_tensor(rotation_xyz(angles), dtype=torch.float32)
-        # The map goes from the copy to the scan, so a larger body is a smaller factor.
-        factors = torch.tensor([1 / draw(*d.scale) for _ in range(3)])
-        if draw(0, 1) < d.mirror:
-            factors[0] *= -1
-        shift = torch.tensor([[draw(-d.shift_mm, d.shift_mm) * unit] for _ in range(3)])
-        affine = torch.cat([turn * factors, shift], dim=1)
-        at = F.affine_grid(affine[None], [1, 1, edge, edge, edge], align_corners=False)
-        for nodes, deviation in ((5, d.coarse_mm), (9, d.fine_mm)):
-            lattice = torch.randn(1, 3, nodes, nodes, nodes, generator=generator) * (deviation * unit)
-            moved = F.interpolate(lattice, size=(edge,) * 3, mode="trilinear", align_corners=True)
-            at = at + moved.permute(0, 2, 3, 4, 1)
+        at = _map(edge, volume.fov_mm, d, generator)
         # Beyond the scan its last slice goes on: a trunk does not end in air.
         copy = (
-            F.grid_sample(density, at, padding_mode="border", align_corners=False) * (1 + draw(-d.density, d.density))
+            F.grid_sample(density, at, padding_mode="border", align_corners=False)
+            * (1 + _draw(-d.density, d.density, generator))
             + AIR_HU
         )
-        copy = torch.where(copy > AIR_HU + 100, copy + draw(-d.offset_hu, d.offset_hu), copy)
+        copy = torch.where(copy > AIR_HU + 100, copy + _draw(-d.offset_hu, d.offset_hu, generator), copy)
         copies.append(F.avg_pool3d(copy, edge // volume.size)[0].clamp(volume.hu_min, volume.hu_max))
     return torch.stack(copies)
+
+
+def warped(
+    volumes: Float[Tensor, "b 1 z y x"], fov_mm: float, seed: int = 0, limits: Deformation | None = None
+) -> Float[Tensor, "b 1 z y x"]:
+    """Every volume under a random map of its own, in whatever unit it has; none is mirrored.
+
+    Args:
+        volumes: cubes.
+        fov_mm: their edge.
+        seed, limits: as in :func:`deformed_copies`.
+    """
+    generator, d, edge = torch.Generator().manual_seed(seed), limits or Deformation(), volumes.shape[-1]
+    maps = (_map(edge, fov_mm, replace(d, mirror=0.0), generator).to(volumes) for _ in volumes)
+    pairs = zip(volumes.split(1), maps, strict=True)
+    return torch.cat([F.grid_sample(v, at, padding_mode="border", align_corners=False) for v, at in pairs])
+
+
+def _draw(low: float, high: float, generator: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _map(edge: int, fov_mm: float, d: Deformation, generator: torch.Generator) -> Float[Tensor, "1 z y x 3"]:
+    """Where each voxel of a copy comes from, in the coordinates of grid_sample: the cube from -1 to 1."""
+    unit = 2 / fov_mm
+
+    def draw(low: float, high: float) -> float:
+        return _draw(low, high, generator)
+
+    angles = (draw(-d.turn_deg, d.turn_deg), draw(-d.turn_deg, d.turn_deg), draw(-d.turn_deg, d.turn_deg))
+    turn = torch.as_tensor(rotation_xyz(angles), dtype=torch.float32)
+    # The map goes from the copy to the scan, so a larger body is a smaller factor.
+    factors = torch.tensor([1 / draw(*d.scale) for _ in range(3)])
+    if draw(0, 1) < d.mirror:
+        factors[0] *= -1
+    shift = torch.tensor([[draw(-d.shift_mm, d.shift_mm) * unit] for _ in range(3)])
+    affine = torch.cat([turn * factors, shift], dim=1)
+    at = F.affine_grid(affine[None], [1, 1, edge, edge, edge], align_corners=False)
+    for nodes, deviation in ((5, d.coarse_mm), (9, d.fine_mm)):
+        lattice = torch.randn(1, 3, nodes, nodes, nodes, generator=generator) * (deviation * unit)
+        moved = F.interpolate(lattice, size=(edge,) * 3, mode="trilinear", align_corners=True)
+        at = at + moved.permute(0, 2, 3, 4, 1)
+    return at

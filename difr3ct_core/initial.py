@@ -88,10 +88,7 @@ def first_guess(
                 latents.append(vqgan.encode(volume))
                 if keep:
                     lost.append(volume - vqgan.decode(latents[-1]))
-                    # A solver's volume agrees with any x-rays, so that there the refined one is asked.
-                    judged = volume if network.field is None else seen[:, :1]
-                    pairs = zip(judged[:, 0], xrays[rows], strict=True)
-                    misfit += [residual(some[None], images, views, model.preset) for some, images in pairs]
+                    misfit.append(residual(seen[:, 0], xrays[rows], views, model.preset))
             else:
                 latents.append(network(xrays[rows], views, None if solved is None else solved[rows]))
     joined = (torch.cat(parts) if parts else None for parts in (latents, lost, misfit))

@@ -21,10 +21,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import processes
 from .datasets import Patients
+from .deformation import Deformation, warped
 from .files import InputError, read_safetensors, write_safetensors
 from .geometry import views_to_json
 from .initial import initial_latent, solved_latent
-from .initial_volume import InitialVolume
+from .initial_volume import FIELD_VIEWS, ITERATIONS, PRIOR_WEIGHT_MM, TV_WEIGHT_MM, USUAL, InitialVolume
 from .presets import Preset
 from .progress import progress
 from .vqgan import VQGAN
@@ -103,6 +104,10 @@ def solved(
     return _kept(cache, key, lambda: processes.computed_together(patients.xrays.to(device), solve)).to(device)
 
 
+#: How far :func:`doubted` moves a guess: so far that phantoms miss their x-rays as a real chest does, by 0.06 to 0.1.
+DOUBT = Deformation(scale=(0.96, 1.04), turn_deg=2.5, shift_mm=2.5, coarse_mm=3.0, fine_mm=1.9)
+
+
 def unrefined(
     patients: Patients, vqgan: VQGAN, network: InitialVolume, cache: Path, device: str | torch.device
 ) -> Float[Tensor, "n k z y x"]:
@@ -117,16 +122,45 @@ def unrefined(
             seen = (network.unrefined(some, patients.views).half() for some in progress(parts, "first guess"))
             return torch.cat(list(seen))
 
-    key = {
+    return _kept(
+        cache, _seen_by(network, patients, vqgan), lambda: processes.computed_together(patients.xrays.to(device), see)
+    ).to(device)
+
+
+def doubted(
+    patients: Patients, vqgan: VQGAN, network: InitialVolume, cache: Path, seed: int, device: str | torch.device
+) -> Float[Tensor, "n k z y x"]:
+    """The same as :func:`unrefined`, had the network's volumes been those of patients that it does not understand.
+
+    Each is put under a random map (:func:`difr3ct_core.deformation.warped`, :data:`DOUBT`), so that it misses its
+    x-rays, and is then moved to them as one that is hardly believed.
+    """
+
+    def see() -> Tensor:
+        found = unrefined(patients, vqgan, network, cache, "cpu")[:, :1]
+        size, fov = 16 if torch.device(device).type == "cpu" else 64, patients.volume.fov_mm
+        parts = []
+        for start in progress(range(0, len(patients), size), "doubted guess"):
+            rows = slice(start, start + size)
+            wrong = warped(found[rows].float().to(device), fov, seed + start, DOUBT)
+            right = network.moved(wrong, patients.xrays[rows].to(device), patients.views)
+            parts.append(torch.cat([wrong, right], dim=1).half().cpu())
+        return torch.cat(parts)
+
+    key = _seen_by(network, patients, vqgan) | {"doubt": dataclasses.asdict(DOUBT), "seed": seed}
+    return _kept(cache, key, see).to(device)
+
+
+def _seen_by(network: InitialVolume, patients: Patients, vqgan: VQGAN) -> dict[str, Any]:
+    return {
         "autoencoder": latents_digest(vqgan),
         "data": data_digest(patients),
         "views": views_to_json(patients.views),
-        "network": "" if network.field is None else state_digest(network.field),
-        "solver": [network.preset.initial.solver, network.preset.initial.iterations],
+        "network": state_digest(network.field),
+        "moved": [FIELD_VIEWS, TV_WEIGHT_MM, PRIOR_WEIGHT_MM, ITERATIONS, USUAL],
         "xray": dataclasses.asdict(network.preset.xray),
         "detectors": patients.detectors,
     }
-    return _kept(cache, key, lambda: processes.computed_together(patients.xrays.to(device), see)).to(device)
 
 
 def guessed(

@@ -21,7 +21,7 @@ from .geometry import views_to_json
 from .initial import solved_latent
 from .initial_network import InitialNetwork, build_initial
 from .initial_volume import InitialVolume
-from .latents import data_digest, encoded, solved, unrefined
+from .latents import data_digest, doubted, encoded, solved, unrefined
 from .presets import VIEW_SETS, Preset
 from .results import provenance
 from .stages import _common, _finished, _numbers, _prepare, _seen, draw_views, fan_angles
@@ -100,10 +100,15 @@ def train_initial(
     solutions = None if any_view else solved(train, vqgan, preset, folder.parent / "latents", device)
     guesses = None
     if isinstance(model, InitialVolume) and refines and not any_view:
-        guesses = unrefined(train, vqgan, model, folder.parent / "latents", device)
+        cache = folder.parent / "latents"
+        guesses = unrefined(train, vqgan, model, cache, device)
+        if strange := round(preset.initial.doubted * len(train)):
+            strangers = train.take(range(strange))
+            wrong = doubted(strangers, vqgan, model, cache, seed, device)
+            guesses, train = torch.cat([guesses, wrong]), train.joined(strangers)
         if others is not None:
-            further = unrefined(others, vqgan, model, folder.parent / "latents", device)
-            guesses, train = torch.cat([guesses, further]), train.joined(others)
+            guesses = torch.cat([guesses, unrefined(others, vqgan, model, cache, device)])
+            train = train.joined(others)
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch_index(len(train), settings.batch_size, step, seed)[part]
@@ -144,15 +149,13 @@ def train_initial(
 
 def _take_guess(model: InitialVolume, start: nn.Module | None, path: Path) -> None:
     """Give a model the network whose guess it refines, and the refinement of ``start`` if that has one."""
-    given = isinstance(start, InitialVolume)
-    if model.field is not None:
-        if not given or start.field is None:
-            raise InputError(
-                "initial.refine_widths: there is no guess to refine; pass an initial network in voxels, or an INRR3CT."
-            )
-        load_state(model.field, start.field.state_dict(), path)
-        model.field.requires_grad_(False)
-    if given and start.refinement is not None and model.refinement is not None:
+    if not isinstance(start, InitialVolume):
+        raise InputError(
+            "initial.refine_widths: there is no guess to refine; pass an initial network in voxels, or an INRR3CT."
+        )
+    load_state(model.field, start.field.state_dict(), path)
+    model.field.requires_grad_(False)
+    if start.refinement is not None and model.refinement is not None:
         load_state(model.refinement, start.refinement.state_dict(), path)
 
 

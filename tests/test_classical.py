@@ -159,6 +159,23 @@ def test_tv_objective_falls_with_more_iterations():
     assert values[0] < 0.05 * float(tv_objective(torch.zeros_like(truth), xrays, views, 10.0, 0.1))
 
 
+def test_patients_solved_together_with_a_weight_each_are_those_solved_alone():
+    views = standard_views("2view", 16, 320.0)
+    truth = torch.cat([smooth_blob(16), smooth_blob(16).flip(-1) * 1.2])
+    xrays = forward(truth, views, 20.0)
+    weights = torch.tensor([0.0, 0.5])
+    prior = torch.full_like(truth, 0.01)
+    held = {"iterations": 15, "prior": prior, "prior_weight_mm": torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)}
+    together = tv(xrays, views, (16,) * 3, 20.0, weight_mm=weights, **held)
+    for i, weight in enumerate(weights.tolist()):
+        rows = slice(i, i + 1)
+        own = held | {"prior": prior[rows], "prior_weight_mm": float(held["prior_weight_mm"][i])}
+        alone = tv(xrays[rows], views, (16,) * 3, 20.0, weight_mm=weight, **own)
+        torch.testing.assert_close(together[rows], alone, rtol=1e-5, atol=1e-7)
+    unweighted = tv(xrays, views, (16,) * 3, 20.0, weight_mm=0.0, **held)
+    assert float((together - unweighted)[1].abs().max()) > 1e-3
+
+
 def test_tv_weight_means_the_same_on_every_grid():
     """The objective of a smooth volume, in mm², hardly changes when voxels and pixels are halved."""
     values = []
@@ -311,6 +328,8 @@ def test_bad_settings_are_named():
     xrays = torch.zeros(1, 4, 5, 9)
     with pytest.raises(InputError, match="weight_mm: found -1"):
         tv(xrays, VIEWS, SHAPE, SPACING, weight_mm=-1)
+    with pytest.raises(InputError, match="0 or more, for all patients or for each"):
+        tv(xrays, VIEWS, SHAPE, SPACING, weight_mm=torch.ones(3))
     with pytest.raises(InputError, match=r"support: found torch\.float32"):
         tv(xrays, VIEWS, SHAPE, SPACING, support=torch.ones(SHAPE))
     for method in (sirt, cgls, tv):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from difr3ct_core.deformation import AIR_HU, Deformation, deformed_copies
+from difr3ct_core.deformation import AIR_HU, Deformation, deformed_copies, warped
 from difr3ct_core.files import InputError
 from difr3ct_core.presets import VolumePreset
 
@@ -120,3 +120,17 @@ def test_refusals():
         deformed_copies(torch.full((32, 32, 32), float("nan")), VOLUME, 1)
     with pytest.raises(InputError, match="count: found 0"):
         deformed_copies(torch.zeros(32, 32, 32), VOLUME, 0)
+
+
+def test_every_volume_is_warped_by_a_map_of_its_own_and_none_mirrored():
+    one = ball(edge=32, at=(40, 0, 0))[None, None]
+    both = torch.cat([one, one])
+    torch.testing.assert_close(warped(both, 320.0, limits=STILL), both, atol=0.02, rtol=0)
+    moved = warped(both, 320.0, seed=1, limits=Deformation(mirror=1.0))
+    assert float((moved[0] - moved[1]).abs().mean()) > 5  # HU
+    x = torch.arange(32) * 10.0 - 155
+    for volume in moved:
+        weight = (volume[0] - AIR_HU).double()
+        assert 20 < float((weight.sum((0, 1)) * x).sum() / weight.sum()) < 60
+    torch.testing.assert_close(warped(both, 320.0, seed=1, limits=Deformation(mirror=1.0)), moved)
+    assert not torch.equal(warped(both, 320.0, seed=2), moved)

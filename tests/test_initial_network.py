@@ -214,7 +214,7 @@ def test_a_trained_inrr3ct_is_a_first_guess(tmp_path, vqgan):
     assert same(model.initial_network, network)
     kinds = [h["kind"] for h in training_history(load_ldm(tmp_path / "ldm")[3])]
     assert kinds == ["inrr3ct", "ldm"]
-    with pytest.raises(InputError, match=r"initial\.solver: found 'tv_body' beside in_voxels without refine"):
+    with pytest.raises(InputError, match=r"initial\.solver: found 'tv_body' beside in_voxels, expected 'none'"):
         InitialVolume(SOLVED.replace(initial={"in_voxels": True}))
     with pytest.raises(InputError, match="xrays: found 2 images, expected 1, one per view"):
         network(some.xrays, some.views[:1])

@@ -24,7 +24,7 @@ def tv(
     volume_shape: Sequence[int],
     spacing_mm: float | Sequence[float],
     bounds: tuple[float, float] | None = NON_NEGATIVE,
-    weight_mm: float = 0.004,
+    weight_mm: float | Float[Tensor, " b"] = 0.004,
     iterations: int = 100,
     support: Bool[Tensor, "*b z y x"] | None = None,
     prior: Float[Tensor, "b z y x"] | None = None,
@@ -46,8 +46,9 @@ def tv(
     Args:
         xrays, views, volume_shape, spacing_mm: as in :func:`~difr3ct_core.baselines.classical.fbp`.
         bounds: lowest and highest µ in 1/mm; None leaves µ free.
-        weight_mm: weight of the total variation in mm. The default, chosen on phantoms and one real scan (not on
-            LIDC-IDRI-0001), suits x-rays without noise; noise wants more, in proportion to its standard deviation.
+        weight_mm: weight of the total variation in mm, one or one per patient. The default, chosen on phantoms and one
+            real scan (not on LIDC-IDRI-0001), suits x-rays without noise; noise wants more, in proportion to its
+            standard deviation.
         iterations: on the finest grid; the coarser ones, which cost little, take more.
         support: where µ may differ from the lower bound (0 without one); see :func:`body_support`.
         prior: m, µ in 1/mm for each patient, such as a posterior sample.
@@ -63,8 +64,12 @@ def tv(
     problem = make_problem(xrays, views, volume_shape, spacing_mm)
     low, high = check_bounds(bounds)
     check_iterations(iterations)
-    if not (isinstance(weight_mm, (int, float)) and weight_mm >= 0 and math.isfinite(weight_mm)):
-        raise InputError(f"weight_mm: found {weight_mm!r}, expected a weight of the total variation in mm, 0 or more.")
+    weights = torch.as_tensor(weight_mm, dtype=xrays.dtype, device=xrays.device)
+    if weights.shape not in ((), (len(xrays),)) or not (torch.isfinite(weights).all() and (weights >= 0).all()):
+        raise InputError(
+            f"weight_mm: found {weight_mm!r}, expected a weight of the total variation in mm, 0 or more, for all "
+            "patients or for each."
+        )
     if support is not None:
         if support.dtype != torch.bool or tuple(support.shape[-3:]) != problem.shape or support.ndim not in (3, 4):
             raise InputError(
@@ -85,7 +90,7 @@ def tv(
         if support is not None:
             top = torch.where(support, top, torch.full_like(top, low if math.isfinite(low) else 0.0))
         pull = weight * _tv_factor(problem, 1.0)
-        return _primal_dual(problem, weight_mm, low, top, iterations, prior.to(xrays), pull)
+        return _primal_dual(problem, weights, low, top, iterations, prior.to(xrays), pull)
 
     levels = [problem]
     while len(levels) < len(_COARSE_ITERATIONS) and (coarser := levels[-1].coarser()) is not None:
@@ -99,13 +104,13 @@ def tv(
             top = torch.where(inside, top, torch.full_like(top, low if math.isfinite(low) else 0.0))
         if mu is not None:
             mu = F.interpolate(mu[:, None], scale_factor=2, mode="trilinear", align_corners=False)[:, 0]
-        mu = _primal_dual(level, weight_mm, low, top, math.ceil(share * iterations), mu)
+        mu = _primal_dual(level, weights, low, top, math.ceil(share * iterations), mu)
     return mu
 
 
 def _primal_dual(
     problem: Problem,
-    weight_mm: float,
+    weight_mm: Tensor,
     low: float,
     top: Tensor,
     iterations: int,
@@ -122,7 +127,7 @@ def _primal_dual(
     scales = [edge / d for d in problem.spacing]
     # K = [A; balance · D]: the balance makes both blocks equally stiff, which decides the speed and not the result.
     balance = 2.0 * edge
-    limit = _tv_factor(problem, weight_mm) / edge / balance
+    limit = (weight_mm * _tv_factor(problem, 1.0) / edge / balance).view(-1, 1, 1, 1)
     rows, columns = problem.row_sums(), problem.column_sums()
     step_rays = 1 / rows.clamp_min(1e-3 * edge)
     step_voxels = 1 / (columns + 2 * balance * sum(scales))
@@ -156,12 +161,9 @@ def _primal_dual(
     return mu
 
 
-def _project_to_ball(vectors: list[Tensor], radius: float) -> None:
+def _project_to_ball(vectors: list[Tensor], radius: Float[Tensor, "*b 1 1 1"]) -> None:
     """Shorten, in place, the vectors that are longer than ``radius``; component k of all of them is ``vectors[k]``."""
-    if radius == 0:
-        for component in vectors:
-            component.zero_()
-        return
+    radius = radius.clamp_min(torch.finfo(radius.dtype).tiny)  # a ball of radius 0 is a point, and no division by zero
     length = vectors[0] * vectors[0]  # square() would go through pow, three times slower
     for component in vectors[1:]:
         length.addcmul_(component, component)
