@@ -84,7 +84,7 @@ def first_guess(
         for rows in torch.arange(len(xrays)).split(batch):
             if isinstance(network, InitialVolume):
                 seen = network.unrefined(xrays[rows], views)
-                volume = network.refined(seen)
+                volume = network.refined(seen, xrays[rows], views)
                 latents.append(vqgan.encode(volume))
                 if keep:
                     lost.append(volume - vqgan.decode(latents[-1]))

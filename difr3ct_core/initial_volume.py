@@ -195,14 +195,26 @@ class InitialVolume(nn.Module):
         Raises:
             InputError: not as many x-rays as views.
         """
-        return self.refined(self.unrefined(xrays, views))
+        return self.refined(self.unrefined(xrays, views), xrays, views)
 
-    def refined(self, unrefined: Float[Tensor, "b k z y x"]) -> Float[Tensor, "b 1 z y x"]:
-        """The volume in [-1, 1] that :meth:`unrefined` becomes."""
+    def refined(
+        self, unrefined: Float[Tensor, "b k z y x"], xrays: Float[Tensor, "b n v u"], views: Sequence[View]
+    ) -> Float[Tensor, "b 1 z y x"]:
+        """The volume in [-1, 1] that :meth:`unrefined` becomes.
+
+        With ``initial.refine_from`` a patient whose guess misses the x-rays by less keeps the moved volume, and one
+        whose guess misses them by twice that has the refined one: for a refinement that learned a real chest from
+        copies of it, and may take another patient for that one.
+        """
         if self.refinement is None:
             return unrefined
         with torch.autocast(unrefined.device.type, enabled=False):
-            return torch.cat([self.refinement(some) for some in unrefined.split(4)]).clamp(-1, 1)
+            volumes = torch.cat([self.refinement(some) for some in unrefined.split(4)])
+            if start := self.preset.initial.refine_from:
+                missed = residual(unrefined[:, 0], xrays.float(), views, self.preset)
+                share = (missed / start - 1).clamp(0, 1).view(-1, 1, 1, 1, 1)
+                volumes = torch.lerp(unrefined[:, -1:], volumes, share)
+        return volumes.clamp(-1, 1)
 
     def unrefined(self, xrays: Float[Tensor, "b n v u"], views: Sequence[View]) -> Float[Tensor, "b k z y x"]:
         """What the refinement sees: the network's volume, and that one moved to the x-rays.

@@ -173,4 +173,6 @@ def guessed(
         return initial_latent(model, vqgan, patients.xrays.to(device), patients.views, solved=known)
     seen = unrefined(patients, vqgan, network, cache, device)
     with torch.no_grad():
-        return torch.cat([vqgan.encode(network.refined(some.float())) for some in seen.split(16)])
+        pairs = zip(seen.split(16), patients.xrays.to(device).split(16), strict=True)
+        volumes = (network.refined(some.float(), images, patients.views) for some, images in pairs)
+        return torch.cat([vqgan.encode(some) for some in volumes])

@@ -126,7 +126,8 @@ class InitialPreset:
     octaves: int = 6  # Fourier features of the position
     omega: float = 50.0  # of the sines, INRR3CT
     refine_widths: tuple[int, ...] = ()  # in voxels: of a 3D U-Net that refines the volume; () is none
-    doubted: float = 0.0  # share of the patients that this U-Net also learns from with a guess that is wrong
+    refine_from: float = 0.0  # ‖A f - p‖ / ‖p‖ of the guess from which on this U-Net has a say; 0: always
+    doubted: float = 0.0  # share of the patients that it also learns from with a guess that is wrong
 
     @property
     def solves_latents(self) -> bool:

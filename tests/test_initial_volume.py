@@ -145,13 +145,32 @@ def test_a_refinement_also_sees_guesses_that_are_wrong(tmp_path, vqgan, monkeypa
     # It learned from such guesses too, so it helps with others of the kind.
     wrong, right = doubted(some, vqgan, network, tmp_path / "latents", 3, "cpu").float().split(1, dim=1)
     torch.testing.assert_close(right, network.moved(wrong, some.xrays, some.views), atol=0.02, rtol=0.02)
-    truth, refined = some.unit(), network.refined(torch.cat([wrong, right], dim=1)).detach()
+    truth, refined = some.unit(), network.refined(torch.cat([wrong, right], 1), some.xrays, some.views).detach()
     assert float((refined - truth).square().mean()) < float((right - truth).square().mean())
     # A perfect guess, so spoilt, misses its x-rays as a real chest's does, and the move mends it.
     monkeypatch.setattr(latents, "unrefined", lambda *_: torch.cat([truth, truth], dim=1))
     wrong, right = doubted(some, vqgan, network, tmp_path / "other", 3, "cpu").float().split(1, dim=1)
     far, near = (residual(v[:, 0], some.xrays, some.views, SMALL) for v in (wrong, right))
     assert far.min() > 0.01 and far.max() < 0.3 and (near < 0.7 * far).all()
+
+
+def test_a_refinement_has_its_say_where_the_guess_misses_the_xrays():
+    some = patients(3).with_views("2view")
+    network = InitialVolume(REFINED)
+    torch.nn.init.normal_(network.refinement.head[-1].weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    truth = some.unit()
+    found = torch.lerp(truth, -torch.ones_like(truth), torch.tensor([0.01, 0.15, 0.5]).view(3, 1, 1, 1, 1))
+    missed = residual(found[:, 0], some.xrays, some.views, SMALL)
+    seen = torch.cat([found, network.moved(found, some.xrays, some.views)], dim=1)
+    whole = network.refined(seen, some.xrays, some.views).detach()
+    network.preset = REFINED.replace(initial={"refine_from": float(missed[1]) / 1.5})
+    partly = network.refined(seen, some.xrays, some.views).detach()
+    moved = seen[:, 1:].clamp(-1, 1)
+    assert float((whole - moved).abs().amax((1, 2, 3, 4)).min()) > 0.01
+    torch.testing.assert_close(partly[0], moved[0])
+    torch.testing.assert_close(partly[2], whole[2])
+    inside = (whole[1].abs() < 1) & (moved[1].abs() < 1)
+    torch.testing.assert_close(partly[1][inside], ((moved[1] + whole[1]) / 2)[inside])
 
 
 def test_what_cannot_be_refined_is_said(tmp_path, vqgan):
