@@ -270,5 +270,7 @@ class InitialVolume(nn.Module):
                     unrefined = self.unrefined(xrays, views)
             return (self.refinement(unrefined) - truth).square().mean()
         spacing, points = self.preset.volume.spacing_mm, self.preset.initial.points
+        some = evenly(len(views), FIELD_VIEWS)
+        xrays, views = xrays[:, some].float(), [views[i] for i in some]
         with torch.autocast(xrays.device.type, enabled=False):
-            return self.field.loss(xrays.float(), views, truth, spacing, points, generator, part, batch)
+            return self.field.loss(xrays, views, truth, spacing, points, generator, part, batch)

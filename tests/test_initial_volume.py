@@ -104,6 +104,11 @@ def test_of_eight_xrays_the_network_sees_four_and_the_move_all(tmp_path, vqgan):
     guess = train_initial(four, vqgan, GUESS, tmp_path / "guess" / "initial")
     assert tuple(eight.views[i] for i in evenly(8, 4)) == tuple(four.views) and evenly(3, 4) == [0, 1, 2]
     assert evenly(6, 4) == [0, 1, 3, 4]
+    losses = [
+        guess.loss(some.xrays, some.views, some.unit(), torch.Generator().manual_seed(0), slice(0, 8), 8)
+        for some in (four, eight)
+    ]
+    assert float(losses[0].detach()) == float(losses[1].detach())  # and is trained with
     network = train_initial(eight, vqgan, REFINED, tmp_path / "initial", start=guess)
     seen = network.unrefined(eight.xrays, eight.views).detach()
     torch.testing.assert_close(seen[:, :1], guess(four.xrays, four.views).detach())
