@@ -78,10 +78,11 @@ def train_initial(
     }
     if start is not None:
         fingerprint["start"] = state_digest(start)
+    strange = round(preset.initial.doubted * len(train))  # patients that a refinement also sees with a wrong guess
     if others is not None:
         if not preset.initial.refine_widths or any_view:
             raise InputError("scan: is for a refinement (initial.refine_widths) with one set of views; leave it out.")
-        share = round(len(others) / (len(train) + len(others)), 3)
+        share = round(len(others) / (len(train) + strange + len(others)), 3)
         fingerprint["others"] = [len(others), share, data_digest(others)]
     if _finished(path, fingerprint):
         return load_initial(path, device)[0]
@@ -102,7 +103,7 @@ def train_initial(
     if isinstance(model, InitialVolume) and refines and not any_view:
         cache = folder.parent / "latents"
         guesses = unrefined(train, vqgan, model, cache, device)
-        if strange := round(preset.initial.doubted * len(train)):
+        if strange:
             strangers = train.take(range(strange))
             wrong = doubted(strangers, vqgan, model, cache, seed, device)
             guesses, train = torch.cat([guesses, wrong]), train.joined(strangers)

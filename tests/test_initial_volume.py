@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import SMALL, patients, same
 
-from difr3ct_core import latents
+from difr3ct_core import latents, stage_initial
 from difr3ct_core.consistency import residual
 from difr3ct_core.datasets import render_xrays, rendered
 from difr3ct_core.files import InputError
@@ -145,18 +145,24 @@ def test_the_farther_a_volume_misses_its_xrays_the_less_it_is_believed():
 def test_a_refinement_also_sees_guesses_that_are_wrong(tmp_path, vqgan, monkeypatch):
     some = patients(6).with_views("4view")
     guess = train_initial(some, vqgan, GUESS, tmp_path / "guess" / "initial")
-    preset = REFINED.replace(initial={"doubted": 1.0})
-    network = train_initial(some, vqgan, preset, tmp_path / "initial", start=guess)
-    # It learned from such guesses too, so it helps with others of the kind.
-    wrong, right = doubted(some, vqgan, network, tmp_path / "latents", 3, "cpu").float().split(1, dim=1)
-    torch.testing.assert_close(right, network.moved(wrong, some.xrays, some.views), atol=0.02, rtol=0.02)
-    truth, refined = some.unit(), network.refined(torch.cat([wrong, right], 1), some.xrays, some.views).detach()
-    assert float((refined - truth).square().mean()) < float((right - truth).square().mean())
+    never = train_initial(some, vqgan, REFINED, tmp_path / "never" / "initial", start=guess)
+    wrong, right = doubted(some, vqgan, never, tmp_path / "latents", 3, "cpu").float().split(1, dim=1)
+    torch.testing.assert_close(right, never.moved(wrong, some.xrays, some.views), atol=0.02, rtol=0.02)
     # A perfect guess, so spoilt, misses its x-rays as a real chest's does, and the move mends it.
-    monkeypatch.setattr(latents, "unrefined", lambda *_: torch.cat([truth, truth], dim=1))
-    wrong, right = doubted(some, vqgan, network, tmp_path / "other", 3, "cpu").float().split(1, dim=1)
+    truth = some.unit()
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "unrefined", lambda *_: torch.cat([truth, truth], dim=1))
+        wrong, right = doubted(some, vqgan, never, tmp_path / "other", 3, "cpu").float().split(1, dim=1)
     far, near = (residual(v[:, 0], some.xrays, some.views, SMALL) for v in (wrong, right))
     assert far.min() > 0.01 and far.max() < 0.3 and (near < 0.7 * far).all()
+    # Wrong in a way of their own: the one that saw such knows what to do, the other does not.
+    strange = torch.cat([torch.ones_like(truth), truth + 0.4], dim=1)
+    monkeypatch.setattr(stage_initial, "doubted", lambda few, *_: strange[: len(few)])
+    preset = REFINED.replace(initial={"doubted": 1.0})
+    network = train_initial(some, vqgan, preset, tmp_path / "initial", start=guess)
+    found = [net.refined(strange, some.xrays, some.views).detach() for net in (network, never)]
+    errors = [float((volumes - truth).square().mean()) for volumes in found]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_a_refinement_has_its_say_where_the_guess_misses_the_xrays():
