@@ -21,8 +21,9 @@ on from there on ``thoracic`` until the second time is over (Table II); who was 
 
 All begin with random weights; with ``--start pretrained`` DIFR3CT goes on from those that ship instead, the any-view
 model from the 4-view one. With ``--refine`` its first guess is a refined volume (:mod:`difr3ct_core.initial_volume`):
-that of INRR3CT, at eight views of the one for four. ``--guess`` names INRR3CT's weights, with which INRR3CT goes on
-too, as the control. ``detectors/8view`` is DIFR3CT on x-rays of imperfect detectors
+that of INRR3CT, at eight views of the one for four; ``--scan`` names a real CT, deformed copies of which are then a
+part of what it learns from on ``lung``. ``--guess`` names INRR3CT's weights, with which INRR3CT goes on too, as the
+control. ``detectors/8view`` is DIFR3CT on x-rays of imperfect detectors
 (:func:`difr3ct_core.datasets.through_detectors`), for ``benchmarks/detectors.py``.
 
 Writes into ``--out``: ``small-ldm-VIEWS.safetensors`` (bfloat16), ``tables.json`` and ``tables_COHORT.npz`` (as
@@ -34,7 +35,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
+import os
 import shutil
 import sys
 import time
@@ -47,6 +50,7 @@ from typing import Any
 import numpy as np
 import torch
 from _results import update_results
+from torch import Tensor
 
 from difr3ct_core import training
 from difr3ct_core.baselines.presets import get_baselines, with_training
@@ -97,6 +101,7 @@ class Plan:
     start: Path | None  # folder of weights that DIFR3CT goes on from
     refine: tuple[int, ...]  # widths of the network that refines its first guess; () for none
     guess: Path | None  # folder of INRR3CT's weights, COHORT-VIEWS.safetensors, whose volumes that is
+    scan: Path | None  # a real CT, copies of which the refinement learns from
     encoding: Any  # lock: one process encodes the volumes, the others read what it wrote
 
 
@@ -211,6 +216,8 @@ class Job:
         if self.plan.refine:
             network = self.guess_of(cohort, begin) if cohort != "lung" or not preset.initial.in_voxels else None
             guess = {"solver": "none", "network": True, "in_voxels": True, "refine_widths": self.plan.refine}
+            if self.name == "detectors":  # whose guesses are wrong anyway
+                guess["doubted"] = 0.0
             preset = preset.replace(initial=guess)
         any_view = self.views == "any"
         train, vqgan = chapter.patients("train", None if any_view else self.views), chapter.vqgan()
@@ -225,7 +232,7 @@ class Job:
             slower = 1.0 if self.plan.refine and cohort == "lung" else rate  # a refinement begins anew there
             first = {**settings, **QUIET, "steps": steps, "lr": slower * settings["lr"]}
             chapter.preset = preset.replace(train_initial=first)
-            chapter.initial(self.views, stop_after, begin, network)
+            chapter.initial(self.views, stop_after, begin, network, self.plan.scan if cohort == "lung" else None)
 
         def ldm(steps: int, stop_after: int | None) -> None:
             second = {**LDM, **QUIET, "steps": steps, "lr": rate * LDM["lr"]}
@@ -294,6 +301,14 @@ class OwnModels(Chapter):
     """The autoencoder ships; whatever else ships with the project is trained here all the same."""
 
     _seen: Patients | None = None
+    _copies: Tensor | None = None
+
+    def copies(self, scan: str | Path, count: int) -> Tensor:
+        if self._copies is None:  # asked for first before the processes part, who then share them
+            with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+                jobs = [(self.preset, self.data, scan, math.ceil(count / 32), seed) for seed in range(32)]
+                self._copies = torch.cat(pool.starmap(_copies, jobs))
+        return self._copies[:count]
 
     def weights(self, model: str) -> Path:
         return super().weights(model) if model == "vqgan" else self.run / model
@@ -307,6 +322,11 @@ class OwnModels(Chapter):
         return self._seen
 
 
+def _copies(preset: Preset, data: Path, scan: Path, count: int, seed: int) -> Tensor:
+    torch.set_num_threads(1)
+    return Chapter("copies", preset, data, Path(), seed, torch.device("cpu")).copies(scan, count)
+
+
 class FannedOut(Patients):
     """Patients whose x-rays are those of the any-view model already."""
 
@@ -318,7 +338,9 @@ class FannedOut(Patients):
         return self
 
 
-def open_chapters(run: Path, data: Path, presets: dict[str, Preset], device: str) -> dict[str, Chapter]:
+def open_chapters(
+    run: Path, data: Path, presets: dict[str, Preset], device: str, scan: Path | None
+) -> dict[str, Chapter]:
     """The cohorts, their patients read before the processes part, who then share the memory."""
     chapters: dict[str, Chapter] = {}
     for cohort, preset in presets.items():
@@ -326,6 +348,8 @@ def open_chapters(run: Path, data: Path, presets: dict[str, Preset], device: str
         chapters[cohort] = OwnModels("tables", preset, data, run / preset.name, 0, torch.device(device))
         for split in ("train", "val", "test"):
             chapters[cohort].patients(split)
+    if scan is not None:
+        chapters["lung"].copies(scan, math.ceil(len(chapters["lung"].patients("train")) / 4))
     return chapters
 
 
@@ -341,6 +365,7 @@ def main() -> int:
     parser.add_argument(
         "--guess", type=Path, help="folder of INRR3CT's weights to be refined, COHORT-VIEWS.safetensors"
     )
+    parser.add_argument("--scan", type=Path, help="with --refine: a real CT, copies of which are learned from on lung")
     parser.add_argument("--patients", type=int, default=16)
     parser.add_argument("--smoke", type=int, default=0, metavar="STEPS", help="try everything with so few steps")
     parser.add_argument("--only", nargs="+", help="jobs such as difr3ct/2view (default: all)")
@@ -353,14 +378,14 @@ def main() -> int:
     presets = {name: get_preset(given) for name, given in zip(COHORTS, options.presets, strict=False)}
     if len(options.presets) > len(COHORTS) or len(options.seconds) < len(presets):
         parser.error("expected at most three presets, and --seconds for each")
-    chapters = open_chapters(options.run, options.data, presets, options.device)
+    chapters = open_chapters(options.run, options.data, presets, options.device, options.scan)
     chosen = [job for job in jobs() if options.only is None or "/".join(job) in options.only]
     context = multiprocessing.get_context("fork")
     now = time.monotonic()
     ends = dict(zip(presets, (now + np.cumsum(options.seconds)).tolist(), strict=False))
     plan = Plan(
         options.out, options.run, options.data, options.patients, ends, options.smoke, options.start,
-        tuple(options.refine), options.guess, context.Lock(),
+        tuple(options.refine), options.guess, options.scan, context.Lock(),
     )  # fmt: skip
     print(f"{now - _began:6.1f} s  data read, {len(chosen)} processes start", flush=True)
     running = [context.Process(target=_work, args=(*job, chapters, plan), daemon=True) for job in chosen]

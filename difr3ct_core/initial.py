@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .consistency import residual
+from .consistency import misfit as misfit_of
 from .geometry import View
 from .initial_volume import InitialVolume, initial_volume
 from .presets import Preset
@@ -49,7 +49,8 @@ class FirstGuess:
     #: What the autoencoder loses of a guess in voxels (b, 1, z, y, x): the guess minus its decoded latent, which
     #: belongs to every sample; None for a guess in latents.
     lost: Tensor | None = None
-    #: Of a guess in voxels, how far it misses its x-rays before anything moves it there, ‖A f - p‖ / ‖p‖: (b,).
+    #: Of a guess in voxels, how far it misses its x-rays before anything moves it there, less what their noise explains
+    #: (:func:`difr3ct_core.consistency.misfit`): (b,).
     misfit: Tensor | None = None
 
 
@@ -88,7 +89,7 @@ def first_guess(
                 latents.append(vqgan.encode(volume))
                 if keep:
                     lost.append(volume - vqgan.decode(latents[-1]))
-                    misfit.append(residual(seen[:, 0], xrays[rows], views, model.preset))
+                    misfit.append(misfit_of(seen[:, 0], xrays[rows], views, model.preset)[0])
             else:
                 latents.append(network(xrays[rows], views, None if solved is None else solved[rows]))
     joined = (torch.cat(parts) if parts else None for parts in (latents, lost, misfit))

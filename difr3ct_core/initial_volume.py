@@ -1,6 +1,6 @@
 """A first guess in voxels: what a network makes of the x-rays, refined. Beyond the paper.
 
-Three steps; a preset without ``initial.refine_widths`` has the first alone:
+Four steps; a preset without ``initial.refine_widths`` has the first alone:
 
 1. INRR3CT (:class:`difr3ct_core.implicit.ImplicitVolume`), asked for the value of every voxel. It takes four x-rays at
    most, evenly spread, as in the paper.
@@ -12,6 +12,7 @@ Three steps; a preset without ``initial.refine_widths`` has the first alone:
    "FBPConvNet") with one step of learned iterative reconstruction (Adler and Öktem 2018) before it. It can be
    taught what to do with a guess that is wrong, too (``initial.doubted``, :func:`difr3ct_core.latents.doubted`): at
    eight views that helped, at two it cost 0.3 dB and gave nothing.
+4. Step 2 once more, from what 3 has found: where the network errs, the x-rays say so.
 
 All of it is trained by least squares, so it gives the mean of the volumes that the x-rays allow: a blur, to which the
 diffusion model adds what a mean cannot hold. What the autoencoder loses of that volume is known, and given back to
@@ -30,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .baselines.classical import METHODS, tv
-from .consistency import residual, to_mu, to_unit
+from .consistency import graininess, misfit, to_mu, to_unit
 from .convolution import Conv3d
 from .files import InputError
 from .geometry import View
@@ -73,14 +74,21 @@ def initial_volume(
     return torch.cat(parts)
 
 
-def trust(misfit: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Weights in mm of total variation and prior, for volumes that miss their x-rays by ``misfit``, ‖A f - p‖ / ‖p‖.
+def trust(
+    missed: Float[Tensor, " b"], noise: Float[Tensor, " b"] | float = 0.0
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Weights in mm of total variation and prior, for volumes that miss their x-rays by ``missed``.
 
     Beyond USUAL the one rises and the other falls with the cube: at 0.08 a volume counts for next to nothing, and the
-    x-rays and the total variation decide.
+    x-rays and the total variation decide. Noise makes the x-rays count for less, so both weights rise with it
+    (:func:`difr3ct_core.consistency.graininess`).
+
+    Args:
+        missed, noise: as :func:`difr3ct_core.consistency.misfit` returns them.
     """
-    excess = (misfit / USUAL).clamp_min(1.0) ** 3
-    return TV_WEIGHT_MM * excess, PRIOR_WEIGHT_MM / excess
+    excess = (missed / USUAL).clamp_min(1.0) ** 3
+    grain = graininess(torch.as_tensor(noise))
+    return TV_WEIGHT_MM * excess * grain, PRIOR_WEIGHT_MM / excess * grain
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -200,7 +208,7 @@ class InitialVolume(nn.Module):
     def refined(
         self, unrefined: Float[Tensor, "b k z y x"], xrays: Float[Tensor, "b n v u"], views: Sequence[View]
     ) -> Float[Tensor, "b 1 z y x"]:
-        """The volume in [-1, 1] that :meth:`unrefined` becomes.
+        """The volume in [-1, 1] that :meth:`unrefined` becomes: refined, and moved to the x-rays again.
 
         With ``initial.refine_from`` a patient whose guess misses the x-rays by less keeps the moved volume, and one
         whose guess misses them by twice that has the refined one: for a refinement that learned a real chest from
@@ -210,11 +218,11 @@ class InitialVolume(nn.Module):
             return unrefined
         with torch.autocast(unrefined.device.type, enabled=False):
             volumes = torch.cat([self.refinement(some) for some in unrefined.split(4)])
+            missed, noise = misfit(unrefined[:, 0], xrays.float(), views, self.preset)
             if start := self.preset.initial.refine_from:
-                missed = residual(unrefined[:, 0], xrays.float(), views, self.preset)
                 share = (missed / start - 1).clamp(0, 1).view(-1, 1, 1, 1, 1)
                 volumes = torch.lerp(unrefined[:, -1:], volumes, share)
-        return volumes.clamp(-1, 1)
+            return self.moved(volumes.clamp(-1, 1), xrays, views, noise)
 
     def unrefined(self, xrays: Float[Tensor, "b n v u"], views: Sequence[View]) -> Float[Tensor, "b k z y x"]:
         """What the refinement sees: the network's volume, and that one moved to the x-rays.
@@ -231,14 +239,23 @@ class InitialVolume(nn.Module):
 
     @torch.no_grad()
     def moved(
-        self, found: Float[Tensor, "b 1 z y x"], xrays: Float[Tensor, "b n v u"], views: Sequence[View]
+        self,
+        found: Float[Tensor, "b 1 z y x"],
+        xrays: Float[Tensor, "b n v u"],
+        views: Sequence[View],
+        noise: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b 1 z y x"]:
-        """Volumes in [-1, 1], moved to agree with their x-rays as far as :func:`trust` says."""
+        """Volumes in [-1, 1], moved to agree with their x-rays as far as :func:`trust` says.
+
+        ``noise`` of the x-rays is by default what ``found`` does not explain of them; a volume that was moved to them
+        before explains some of it.
+        """
         preset, volume = self.preset, self.preset.volume
-        batch = 8 if xrays.device.type == "cpu" else 64
-        moved = []
-        for some, images in zip(found[:, 0].split(batch), xrays.float().split(batch), strict=True):
-            weight, pull = trust(residual(some, images, views, preset))
+        size, moved = 8 if xrays.device.type == "cpu" else 64, []
+        for rows in torch.arange(len(found)).split(size):
+            some, images = found[rows, 0], xrays[rows].float()
+            missed, grain = misfit(some, images, views, preset)
+            weight, pull = trust(missed, grain if noise is None else noise[rows])
             mu = tv(
                 images, views, volume.shape, volume.spacing_mm, weight_mm=weight, iterations=ITERATIONS,
                 prior=to_mu(some, preset), prior_weight_mm=pull.view(-1, 1, 1, 1),

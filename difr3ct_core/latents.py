@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import processes
+from .consistency import QUIET
 from .datasets import Patients
 from .deformation import Deformation, warped
 from .files import InputError, read_safetensors, write_safetensors
@@ -137,7 +138,7 @@ def doubted(
     """
 
     def see() -> Tensor:
-        found = unrefined(patients, vqgan, network, cache, "cpu")[:, :1]
+        found = unrefined(patients, vqgan, network, cache, device)[:, :1]
         size, fov = 16 if torch.device(device).type == "cpu" else 64, patients.volume.fov_mm
         parts = []
         for start in progress(range(0, len(patients), size), "doubted guess"):
@@ -157,7 +158,7 @@ def _seen_by(network: InitialVolume, patients: Patients, vqgan: VQGAN) -> dict[s
         "data": data_digest(patients),
         "views": views_to_json(patients.views),
         "network": state_digest(network.field),
-        "moved": [FIELD_VIEWS, TV_WEIGHT_MM, PRIOR_WEIGHT_MM, ITERATIONS, USUAL],
+        "moved": [FIELD_VIEWS, TV_WEIGHT_MM, PRIOR_WEIGHT_MM, ITERATIONS, USUAL, QUIET],
         "xray": dataclasses.asdict(network.preset.xray),
         "detectors": patients.detectors,
     }
