@@ -107,6 +107,20 @@ def graininess(noise: Float[Tensor, " *b"]) -> Float[Tensor, " *b"]:
     return (noise / QUIET).clamp_min(1.0) ** 3
 
 
+def unexplained_noise(again: Float[Tensor, "s n v u"], xrays: Float[Tensor, "n v u"]) -> Float[Tensor, ""]:
+    """Standard deviation of the noise in x-rays, told from samples' projections: what their spread does not explain.
+
+    Truth and samples are draws from one posterior of variance V, so the mean of s samples misses quiet x-rays by
+    (1 + 1/s) V. A single sample has no spread, and the x-rays are then taken for quiet.
+    """
+    s = len(again)
+    if s < 2:
+        return again.new_zeros(())
+    centre = again.mean(0)
+    spread = noise_deviation(again - centre).square().mean() * (s / (s - 1))
+    return (noise_deviation(centre - xrays).square() - (1 + 1 / s) * spread).clamp_min(0).sqrt()
+
+
 def overconfidence(
     samples: Float[Tensor, "s z y x"], xrays: Float[Tensor, "n v u"], views: Sequence[View], preset: Preset
 ) -> float:
@@ -114,7 +128,7 @@ def overconfidence(
 
     Truth and sample are two draws from the posterior if the model is right, so their projections differ by twice its
     variance: 1. A patient unlike those of the training shows as a larger number, without the truth being known. Noise
-    of the x-rays (:func:`noise_deviation`) is left out of it.
+    of the x-rays (:func:`unexplained_noise`) is left out of it.
 
     Raises:
         InputError: fewer than two samples, which have no spread.
@@ -123,7 +137,7 @@ def overconfidence(
         raise InputError("overconfidence: found 1 sample, expected at least 2, which have a spread; draw more.")
     again = project(to_mu(samples, preset)[:, None], views, preset.volume.spacing_mm)[:, 0]
     variance = again.var(0).mean().clamp_min(torch.finfo(again.dtype).tiny)
-    missed = (again - xrays).square().mean() - noise_deviation(again.mean(0) - xrays).square()
+    missed = (again - xrays).square().mean() - unexplained_noise(again, xrays).square()
     return float(missed.clamp_min(0) / (2 * variance))
 
 
@@ -185,7 +199,9 @@ def correct(
     scale = deviation + 0.1 * deviation.mean() if method == "spread" else None  # no voxel is quite certain
     hold: float | Tensor = prior_weight_mm
     if method == "tv":
-        grain = float(graininess(misfit(samples.mean(0)[None], xrays.to(samples)[None], views, preset)[1]))
+        again = project(mu[:, None], views, preset.volume.spacing_mm)[:, 0]
+        noise = unexplained_noise(again, xrays.to(again)) / xrays.square().mean().sqrt()
+        grain = float(graininess(noise))
         tv_weight_mm, prior_weight_mm = grain * tv_weight_mm, grain * prior_weight_mm
         hold = prior_weight_mm
     if len(samples) > 1:

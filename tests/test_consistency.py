@@ -11,13 +11,18 @@ from small_models import SMALL, patients, trained
 from difr3ct_core import consistency, ct, reconstruct
 from difr3ct_core.baselines.classical import tv, tv_objective
 from difr3ct_core.consistency import (
+    QUIET,
     correct,
+    graininess,
+    misfit,
+    noise_deviation,
     overconfidence,
     proximal_model,
     residual,
     smallest_change,
     to_mu,
     to_unit,
+    unexplained_noise,
 )
 from difr3ct_core.datasets import preset_views
 from difr3ct_core.drr import backproject, project
@@ -126,8 +131,10 @@ def test_overconfidence_is_one_for_draws_of_one_posterior_and_grows_with_what_no
 
 def test_samples_of_another_patient_are_trusted_less(monkeypatch):
     """Samples that agree with each other and not with the x-rays: the correction goes nearer to the x-rays."""
-    _, samples, xrays = case()
-    sure = samples[:1] + 0.02 * (samples - samples.mean(0))
+    truth, samples, xrays = case()
+    coarse = torch.randn(1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    wrong = truth + 0.2 * torch.nn.functional.interpolate(coarse, scale_factor=4, mode="trilinear")[0]
+    sure = wrong + 0.02 * (samples - samples.mean(0))
     assert overconfidence(sure, xrays, VIEWS, SMALL) > 10
     less = correct(sure, xrays, VIEWS, SMALL, prior_weight_mm=500.0)
     monkeypatch.setattr(consistency, "USUAL_OVERCONFIDENCE", float("inf"))
@@ -142,6 +149,7 @@ def test_total_variation_grows_with_the_spread_of_the_samples(monkeypatch):
     seen = []
     monkeypatch.setattr(consistency, "tv", lambda *a, **k: seen.append(k) or k["prior"])
     monkeypatch.setattr(consistency, "USUAL_OVERCONFIDENCE", float("inf"))
+    monkeypatch.setattr(consistency, "QUIET", float("inf"))  # what the samples share here is white, like noise
     monkeypatch.setattr(consistency, "TV_WEIGHT_MM", 1.0)
     centre = samples.mean(0)
     for width in (0.1, 0.2):
@@ -151,6 +159,63 @@ def test_total_variation_grows_with_the_spread_of_the_samples(monkeypatch):
     assert seen[0]["weight_mm"] == pytest.approx(consistency.TV_PER_HU * hu, rel=1e-3)
     correct(samples[:1], xrays, VIEWS, SMALL)  # a single sample has no spread
     assert seen[2]["weight_mm"] == 0.5
+
+
+def test_noise_is_told_from_what_is_smooth_and_agrees_with_wavelets():
+    """White noise comes out with its own deviation; what is linear in one of the two directions does not come out."""
+    generator = torch.Generator().manual_seed(2)
+    v, u = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(0, 3, 64), indexing="ij")
+    smooth = (2 + v.square() - u.sin() + v * u.cos())[None, None]
+    noise = 0.05 * torch.randn(2, 3, 64, 64, generator=generator)
+    assert float(noise_deviation(smooth)) < 1e-4
+    torch.testing.assert_close(noise_deviation(smooth + noise), torch.full((2,), 0.05), rtol=0.05, atol=0)
+    images = (smooth + noise)[0]  # against the median of the finest Haar coefficients (Donoho & Johnstone 1994)
+    haar = (images[:, ::2, ::2] - images[:, 1::2, ::2] - images[:, ::2, 1::2] + images[:, 1::2, 1::2]) / 2
+    oracle = float(haar.abs().median()) / 0.6745
+    assert float(noise_deviation(images[None])) == pytest.approx(oracle, rel=0.05)
+    with pytest.raises(InputError, match=r"images: found \(2, 64\) pixels, expected at least 3 a side"):
+        noise_deviation(noise[..., :2, :])
+
+
+def test_a_misfit_is_parted_into_noise_and_the_rest():
+    """By squares, and the rest of a right volume is little however noisy its x-rays are."""
+    views = standard_views((0.0, 22.5, 45.0, 67.5, 90.0), 16, 320.0)
+    truth, _, xrays = case(3, views)
+    size, generator = xrays.square().mean().sqrt(), torch.Generator().manual_seed(4)
+    for share in (0.0, 0.1):
+        noisy = xrays + share * size * torch.randn(xrays.shape, generator=generator)
+        rest, noise = misfit(truth, noisy[None], views, SMALL)
+        assert float(rest) < 0.5 * share + 1e-5 and float(noise) == pytest.approx(share, rel=0.15, abs=1e-5)
+        both = residual(truth, noisy, views, SMALL)
+        torch.testing.assert_close((rest.square() + noise.square()).sqrt(), both, rtol=0.02, atol=1e-5)
+    rest, noise = misfit(truth - 0.2, xrays[None], views, SMALL)
+    assert float(rest) > 0.9 * float(residual(truth - 0.2, xrays, views, SMALL)) > 5 * float(noise)
+
+
+def test_noise_is_what_the_spread_of_the_samples_does_not_explain():
+    """Draws of one posterior miss quiet x-rays by their own spread, which is no noise; noise adds to it by squares."""
+    generator = torch.Generator().manual_seed(5)
+    again = 0.05 * torch.randn(9, 8, 64, 64, generator=generator)
+    samples, xrays = again[1:], again[0]
+    assert float(unexplained_noise(samples, xrays)) < 0.015
+    noisy = xrays + 0.1 * torch.randn(xrays.shape, generator=generator)
+    assert float(unexplained_noise(samples, noisy)) == pytest.approx(0.1, rel=0.05)
+    assert float(unexplained_noise(samples[:1], noisy)) == 0  # a single sample tells nothing
+
+
+def test_noisy_x_rays_count_for_less(monkeypatch):
+    """A correction that does not know noise follows it; this one ends nearer to the truth."""
+    truth, samples, xrays = case(6)
+    samples = truth + 0.1 * (samples - truth)
+    noisy = xrays + 0.1 * xrays.square().mean().sqrt() * torch.randn(
+        xrays.shape, generator=torch.Generator().manual_seed(7)
+    )
+    torch.testing.assert_close(graininess(QUIET * torch.tensor([0.5, 1.0, 2.0])), torch.tensor([1.0, 1.0, 8.0]))
+    found = correct(samples, noisy, VIEWS, SMALL)
+    monkeypatch.setattr(consistency, "QUIET", float("inf"))
+    followed = correct(samples, noisy, VIEWS, SMALL)
+    errors = [float((volumes.mean(0) - truth).square().mean()) for volumes in (found, followed)]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_doubt_moves_weight_from_the_prior_to_the_total_variation(monkeypatch):

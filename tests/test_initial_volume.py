@@ -7,7 +7,7 @@ import torch
 from small_models import SMALL, patients, same
 
 from difr3ct_core import latents, stage_initial
-from difr3ct_core.consistency import residual
+from difr3ct_core.consistency import QUIET, misfit, residual
 from difr3ct_core.datasets import render_xrays, rendered
 from difr3ct_core.files import InputError
 from difr3ct_core.initial import first_guess, initial_latent
@@ -165,14 +165,15 @@ def test_a_refinement_also_sees_guesses_that_are_wrong(tmp_path, vqgan, monkeypa
     assert errors[0] < 0.5 * errors[1]
 
 
-def test_a_refinement_has_its_say_where_the_guess_misses_the_xrays():
+def test_a_refinement_has_its_say_where_the_guess_misses_the_xrays(monkeypatch):
     some = patients(3).with_views("2view")
     network = InitialVolume(REFINED)
     torch.nn.init.normal_(network.refinement.head[-1].weight, std=0.1, generator=torch.Generator().manual_seed(0))
     truth = some.unit()
     found = torch.lerp(truth, -torch.ones_like(truth), torch.tensor([0.01, 0.15, 0.5]).view(3, 1, 1, 1, 1))
-    missed = residual(found[:, 0], some.xrays, some.views, SMALL)
+    missed, _ = misfit(found[:, 0], some.xrays, some.views, SMALL)
     seen = torch.cat([found, network.moved(found, some.xrays, some.views)], dim=1)
+    monkeypatch.setattr(network, "moved", lambda volumes, *_: volumes)  # what comes after
     whole = network.refined(seen, some.xrays, some.views).detach()
     network.preset = REFINED.replace(initial={"refine_from": float(missed[1]) / 1.5})
     partly = network.refined(seen, some.xrays, some.views).detach()
@@ -182,6 +183,35 @@ def test_a_refinement_has_its_say_where_the_guess_misses_the_xrays():
     torch.testing.assert_close(partly[2], whole[2])
     inside = (whole[1].abs() < 1) & (moved[1].abs() < 1)
     torch.testing.assert_close(partly[1][inside], ((moved[1] + whole[1]) / 2)[inside])
+
+
+def test_what_is_refined_is_moved_to_the_xrays_again():
+    some = patients(4).with_views("4view")
+    network, truth = InitialVolume(REFINED), some.unit()
+    wrong = (truth + 0.1 * torch.rand(truth.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
+    seen = torch.cat([-torch.ones_like(wrong), wrong], dim=1)  # of which a new refinement gives back the last
+    found = network.refined(seen, some.xrays, some.views).detach()
+    before, after = (residual(v[:, 0], some.xrays, some.views, SMALL) for v in (wrong, found))
+    assert (after < 0.3 * before).all()
+    assert float((found - truth).square().mean()) < 0.5 * float((wrong - truth).square().mean())
+
+
+def test_noise_is_not_taken_for_a_patient_that_the_network_does_not_know():
+    """A right volume stays where it is, however noisy its x-rays; without telling noise it would be moved to them."""
+    some = patients(3).with_views("8view")
+    network, truth = InitialVolume(REFINED), some.unit()
+    generator = torch.Generator().manual_seed(2)
+    size = some.xrays.square().mean((1, 2, 3), keepdim=True).sqrt()
+    noisy = some.xrays + 0.15 * size * torch.randn(some.xrays.shape, generator=generator)
+    assert float(residual(truth[:, 0], noisy, some.views, SMALL).min()) > 4 * USUAL
+    errors = [
+        float((network.moved(truth, noisy, some.views, noise) - truth).square().mean())
+        for noise in (None, torch.zeros(3))
+    ]
+    assert errors[0] < 0.1 * errors[1]
+    weights, pulls = trust(torch.tensor([0.0, 2 * USUAL]), torch.tensor([2 * QUIET, 2 * QUIET]))
+    torch.testing.assert_close(weights, TV_WEIGHT_MM * torch.tensor([8.0, 64.0]))
+    torch.testing.assert_close(pulls, PRIOR_WEIGHT_MM * torch.tensor([8.0, 1.0]))
 
 
 def test_what_cannot_be_refined_is_said(tmp_path, vqgan):
@@ -218,13 +248,13 @@ def test_a_patient_whose_guess_misses_its_xrays_gets_samples_that_spread_farther
     model, _, preset, _ = load_ldm(tmp_path / "ldm")
     one = patients(1, seed=2).with_views("2view")
     volume = guess(one.xrays, one.views).detach()[0]
-    misfit = float(residual(volume, one.xrays[0], one.views, SMALL))
+    missed = float(misfit(volume, one.xrays, one.views, SMALL)[0])
     found = first_guess(model, vqgan, one.xrays, one.views).misfit
-    assert float(found) == pytest.approx(misfit, rel=1e-4)
-    assert 0.3 * misfit < preset.sampling.usual_misfit < 3 * misfit
+    assert float(found) == pytest.approx(missed, rel=1e-4)
+    assert 0.3 * missed < preset.sampling.usual_misfit < 3 * missed
     # Samples in the middle of the window, so that none is clipped however far they spread.
     spreads = []
-    for usual in (misfit / 1.3, misfit / 3.9):
+    for usual in (missed / 1.3, missed / 3.9):
         model.preset = preset.replace(sampling={"usual_misfit": usual})
         spreads.append(posterior_samples(model, vqgan, one.xrays, one.views, 3)[0].std(0))
     inside = (spreads[1] > 0) & (spreads[0] < 0.05)
