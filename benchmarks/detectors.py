@@ -7,7 +7,7 @@ On held-out phantoms, PSNR of the mean with the peak of the HU window: as drawn,
 
     S="--preset small --views 8view --detectors --run RUN --weights pretrained/small-ldm-8view.safetensors"
     I='initial.solver="none" initial.in_voxels=true initial.widths=[32,64,96,96] initial.features=128
-       initial.refine_widths=[32,48,64]'
+       initial.refine_widths=[32,48,64] initial.move_again=false'
     python -m difr3ct_core.training --stage initial $S --set steps=150 batch_size=4 lr=0.0006 warmup_steps=10 $I
     python -m difr3ct_core.training --stage ldm $S --network RUN/initial-8view \\
         --set steps=15 lr=0.0003 warmup_steps=5 $I

@@ -6,17 +6,18 @@
 
 More patients of ``lung`` than the preset has: a preset as a JSON file with ``cohort.n_train`` changed, its phantoms
 drawn by ``data_scripts/make_phantoms.py --preset FILE``, with ``--first N`` those that an earlier training never saw. A
-third preset, of ``intact``, trains DIFR3CT at eight views for the radiotherapy study. Two runs on an H200 are behind
+third preset, of ``intact``, trains DIFR3CT at eight views for the radiotherapy study. Three runs on an H200 are behind
 ``results/tables.json``. One gave INRR3CT, X2CT-GAN at one frontal view and DIFR3CT 4096 patients of ``lung``
 (``--seconds 310 130 40 --grace-s 45 --start pretrained``, twelve jobs). In the next, DIFR3CT's refinement and INRR3CT
 went on with 2560 others, ``--first 4096``, and 768 of ``thoracic`` likewise (``--seconds 340 100 40 --grace-s 45
 --start pretrained --refine 32 48 64 --guess FOLDER``, eleven jobs); what is refined took long to compute, so that the
 refinement had a few hundred steps, and at eight views it refined a solver's volume. The better rows of INRR3CT are in
 the tables. A third gave DIFR3CT 1280 of ``lung`` and 320 copies of a scan, then 768 of ``thoracic``, ``--first 8192``
-(four jobs, ``--seconds 216 100 60 --grace-s 40 --scan A0001``; at eight views alone, ``--seconds 135 65 40``): the rows
-of DIFR3CT for ``thoracic`` at two to eight views are of it. For ``lung`` it brought nothing: copies of one scan helped
-on that patient by 2 dB, on another by 0.1, and cost phantoms 0.5 at four views (their errors are so much larger that
-the loss is mostly theirs).
+(four jobs, ``--seconds 216 100 60 --grace-s 40 --start pretrained --refine 32 48 64 --guess FOLDER --scan A0001``; at
+eight views alone, ``--seconds 135 65 40``, of which most went into computing what is refined): the rows of DIFR3CT for
+``thoracic`` at two to eight views are of it. For ``lung`` it brought nothing: copies of one scan helped on that patient
+by 2 dB, on another by 0.1, and cost phantoms 0.5 at four views (their errors are so much larger that the loss is mostly
+theirs).
 
 One process for a method and its views. All start together on ``lung`` and share the GPU; the steps of each are planned
 for the same time from how long its first ones take, so that every schedule of the learning rate comes to its end. Some
@@ -220,8 +221,8 @@ class Job:
         if self.plan.refine:
             network = self.guess_of(cohort, begin) if cohort != "lung" or not preset.initial.in_voxels else None
             guess = {"solver": "none", "network": True, "in_voxels": True, "refine_widths": self.plan.refine}
-            if self.name == "detectors":  # whose guesses are wrong anyway
-                guess["doubted"] = 0.0
+            if self.name == "detectors":  # whose guesses are wrong anyway, and whose x-rays are
+                guess |= {"doubted": 0.0, "move_again": False}
             preset = preset.replace(initial=guess)
         any_view = self.views == "any"
         train, vqgan = chapter.patients("train", None if any_view else self.views), chapter.vqgan()
@@ -236,7 +237,8 @@ class Job:
             slower = 1.0 if self.plan.refine and cohort == "lung" else rate  # a refinement begins anew there
             first = {**settings, **QUIET, "steps": steps, "lr": slower * settings["lr"]}
             chapter.preset = preset.replace(train_initial=first)
-            chapter.initial(self.views, stop_after, begin, network, self.plan.scan if cohort == "lung" else None)
+            scan = self.plan.scan if cohort == "lung" and not any_view else None
+            chapter.initial(self.views, stop_after, begin, network, scan)
 
         def ldm(steps: int, stop_after: int | None) -> None:
             second = {**LDM, **QUIET, "steps": steps, "lr": rate * LDM["lr"]}
@@ -376,6 +378,8 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.scan and not options.refine:
+        parser.error("--scan: is for a refinement; give --refine as well")
     for folder in (options.out, *(options.run / name for name in ("done", "export", "guess", "slices"))):
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(project_root() / "pretrained" / "small-vqgan.safetensors", options.run / "export")

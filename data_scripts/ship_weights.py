@@ -120,7 +120,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
           if stage == "ldm" and initial.get("solver", "none") != "none" and not initial.get("in_voxels") else []),
         *(["- **Condition**: features along rays (Eq. 10) and, beyond the paper, the encoded volume of "
            + (f"an INRR3CT{' of four of the eight x-rays' if model == 'ldm-8view' else ''}"
-              f"{', moved to all x-rays, refined by a 3D U-Net' if initial.get('refine_widths') else ''},")
+              f"{', moved to all x-rays, refined, moved again' if initial.get('refine_widths') else ''},")
            + " trained first, by least squares. What the autoencoder loses of that volume is added to every sample."]
           if stage == "ldm" and initial.get("in_voxels") else []),
         *(["- **All trainings behind it**: " + "; ".join(

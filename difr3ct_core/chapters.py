@@ -275,6 +275,7 @@ class Chapter:
         others = None
         if scan is not None:
             others = rendered(self.copies(scan, math.ceil(len(train) / 4)), train.views, self.preset)
+            others = through_detectors(others, self.seed + 1) if self.detectors else others
         return train_initial(
             train, vqgan, self.preset,
             self.run / f"initial-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"),

@@ -12,10 +12,11 @@ Four steps; a preset without ``initial.refine_widths`` has the first alone:
    "FBPConvNet") with one step of learned iterative reconstruction (Adler and Öktem 2018) before it. It can be
    taught what to do with a guess that is wrong, too (``initial.doubted``, :func:`difr3ct_core.latents.doubted`): at
    eight views that helped, at two it cost 0.3 dB and gave nothing.
-4. Step 2 once more, from what 3 has found: where the network errs, the x-rays say so.
+4. Step 2 once more, from what 3 has found: where the network errs, the x-rays say so. Not where it has learned from
+   imperfect x-rays (``initial.move_again``): scatter that it took away would come back.
 
-All of it is trained by least squares, so it gives the mean of the volumes that the x-rays allow: a blur, to which the
-diffusion model adds what a mean cannot hold. What the autoencoder loses of that volume is known, and given back to
+Its networks are trained by least squares, so it gives the mean of the volumes that the x-rays allow: a blur, to which
+the diffusion model adds what a mean cannot hold. What the autoencoder loses of that volume is known, and given back to
 every sample (:func:`difr3ct_core.initial.first_guess`).
 """
 
@@ -31,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .baselines.classical import METHODS, tv
-from .consistency import graininess, misfit, to_mu, to_unit
+from .consistency import graininess, misfit, most_variation, to_mu, to_unit
 from .convolution import Conv3d
 from .files import InputError
 from .geometry import View
@@ -43,9 +44,9 @@ SOLVERS = {name: method for name, method in METHODS.items() if name != "fbp"}
 #: The most x-rays that INRR3CT is asked about, which it cannot be trained with more of (memory).
 FIELD_VIEWS = 4
 #: Of step 2: weights in mm as in :func:`difr3ct_core.consistency.correct`, with less total variation, for the network
-#: after it knows better; for a guess that misses its x-rays by no more than USUAL. Phantoms of the training's kind miss
-#: them by 0.012 to 0.018, those of another cohort by up to 0.025, a real chest by 0.08. Chosen on phantoms of the
-#: validation split and copies of a real CT (not on LIDC-IDRI-0001), at 2, 4 and 8 views.
+#: after it knows better; for a guess that misses its x-rays, noise left out, by no more than USUAL. Phantoms of the
+#: training's kind miss them by 0.012 to 0.018, those of another cohort by up to 0.025, a real chest by 0.08. Chosen on
+#: phantoms of the validation split and copies of a real CT (not on LIDC-IDRI-0001), at 2, 4 and 8 views.
 TV_WEIGHT_MM, PRIOR_WEIGHT_MM, ITERATIONS, USUAL = 0.0001, 0.1, 60, 0.03
 
 
@@ -81,14 +82,14 @@ def trust(
 
     Beyond USUAL the one rises and the other falls with the cube: at 0.08 a volume counts for next to nothing, and the
     x-rays and the total variation decide. Noise makes the x-rays count for less, so both weights rise with it
-    (:func:`difr3ct_core.consistency.graininess`).
+    (:func:`difr3ct_core.consistency.graininess`, :func:`difr3ct_core.consistency.most_variation`).
 
     Args:
         missed, noise: as :func:`difr3ct_core.consistency.misfit` returns them.
     """
-    excess = (missed / USUAL).clamp_min(1.0) ** 3
-    grain = graininess(torch.as_tensor(noise))
-    return TV_WEIGHT_MM * excess * grain, PRIOR_WEIGHT_MM / excess * grain
+    excess, noise = (missed / USUAL).clamp_min(1.0) ** 3, torch.as_tensor(noise).to(missed)
+    grain = graininess(noise)
+    return torch.minimum(TV_WEIGHT_MM * excess * grain, most_variation(noise)), PRIOR_WEIGHT_MM / excess * grain
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -208,7 +209,9 @@ class InitialVolume(nn.Module):
     def refined(
         self, unrefined: Float[Tensor, "b k z y x"], xrays: Float[Tensor, "b n v u"], views: Sequence[View]
     ) -> Float[Tensor, "b 1 z y x"]:
-        """The volume in [-1, 1] that :meth:`unrefined` becomes: refined, and moved to the x-rays again.
+        """The volume in [-1, 1] that :meth:`unrefined` becomes: refined and, with ``initial.move_again``, moved again.
+
+        No gradient passes the move; what is trained is :meth:`loss`.
 
         With ``initial.refine_from`` a patient whose guess misses the x-rays by less keeps the moved volume, and one
         whose guess misses them by twice that has the refined one: for a refinement that learned a real chest from
@@ -217,12 +220,14 @@ class InitialVolume(nn.Module):
         if self.refinement is None:
             return unrefined
         with torch.autocast(unrefined.device.type, enabled=False):
-            volumes = torch.cat([self.refinement(some) for some in unrefined.split(4)])
+            volumes = torch.cat([self.refinement(some) for some in unrefined.split(4)]).clamp(-1, 1)
             missed, noise = misfit(unrefined[:, 0], xrays.float(), views, self.preset)
+            if self.preset.initial.move_again:
+                volumes = self.moved(volumes, xrays, views, noise)
             if start := self.preset.initial.refine_from:
                 share = (missed / start - 1).clamp(0, 1).view(-1, 1, 1, 1, 1)
                 volumes = torch.lerp(unrefined[:, -1:], volumes, share)
-            return self.moved(volumes.clamp(-1, 1), xrays, views, noise)
+            return volumes
 
     def unrefined(self, xrays: Float[Tensor, "b n v u"], views: Sequence[View]) -> Float[Tensor, "b k z y x"]:
         """What the refinement sees: the network's volume, and that one moved to the x-rays.

@@ -158,7 +158,7 @@ def _seen_by(network: InitialVolume, patients: Patients, vqgan: VQGAN) -> dict[s
         "data": data_digest(patients),
         "views": views_to_json(patients.views),
         "network": state_digest(network.field),
-        "moved": [FIELD_VIEWS, TV_WEIGHT_MM, PRIOR_WEIGHT_MM, ITERATIONS, USUAL, QUIET],
+        "moved": [FIELD_VIEWS, TV_WEIGHT_MM, PRIOR_WEIGHT_MM, ITERATIONS, USUAL, QUIET, "blocks"],
         "xray": dataclasses.asdict(network.preset.xray),
         "detectors": patients.detectors,
     }

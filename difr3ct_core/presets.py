@@ -126,8 +126,9 @@ class InitialPreset:
     octaves: int = 6  # Fourier features of the position
     omega: float = 50.0  # of the sines, INRR3CT
     refine_widths: tuple[int, ...] = ()  # in voxels: of a 3D U-Net that refines the volume; () is none
-    refine_from: float = 0.0  # ‖A f - p‖ / ‖p‖ of the guess from which on this U-Net has a say; 0: always
+    refine_from: float = 0.0  # misfit of the guess (consistency.py) from which on this has a say; 0: always
     doubted: float = 0.0  # share of the patients that it also learns from with a guess that is wrong
+    move_again: bool = True  # whether its answer is moved to the x-rays; not if it learned from imperfect ones
 
     @property
     def solves_latents(self) -> bool:
@@ -167,8 +168,8 @@ class SamplingPreset:
     n_samples: int = 8  # our choice; the paper's uncertainty study takes 100
     # Share of the way by which the mean of several samples moves to the first guess; beyond the paper, 0 without one.
     anchor: float = 0.0
-    # ‖A f - p‖ / ‖p‖ of the first guess f on patients of the training's kind, measured after it; beyond the paper. A
-    # patient whose guess misses its x-rays by more is unlike them, and its samples spread farther; 0: nobody looks.
+    # Misfit (consistency.py) of the first guess on patients of the training's kind, measured after it.
+    # A patient whose guess misses its x-rays by more is unlike them, and its samples spread farther; 0: nobody looks.
     usual_misfit: float = 0.0
 
 

@@ -15,6 +15,7 @@ from difr3ct_core.consistency import (
     correct,
     graininess,
     misfit,
+    most_variation,
     noise_deviation,
     overconfidence,
     proximal_model,
@@ -25,6 +26,7 @@ from difr3ct_core.consistency import (
     unexplained_noise,
 )
 from difr3ct_core.datasets import preset_views
+from difr3ct_core.detector import Detector, detect
 from difr3ct_core.drr import backproject, project
 from difr3ct_core.files import InputError
 from difr3ct_core.geometry import standard_views
@@ -151,6 +153,7 @@ def test_total_variation_grows_with_the_spread_of_the_samples(monkeypatch):
     monkeypatch.setattr(consistency, "USUAL_OVERCONFIDENCE", float("inf"))
     monkeypatch.setattr(consistency, "QUIET", float("inf"))  # what the samples share here is white, like noise
     monkeypatch.setattr(consistency, "TV_WEIGHT_MM", 1.0)
+    monkeypatch.setattr(consistency, "most_variation", lambda noise: torch.tensor(math.inf))
     centre = samples.mean(0)
     for width in (0.1, 0.2):
         correct(centre + width * (samples - centre), xrays, VIEWS, SMALL)
@@ -169,27 +172,33 @@ def test_noise_is_told_from_what_is_smooth_and_agrees_with_wavelets():
     noise = 0.05 * torch.randn(2, 3, 64, 64, generator=generator)
     assert float(noise_deviation(smooth)) < 1e-4
     torch.testing.assert_close(noise_deviation(smooth + noise), torch.full((2,), 0.05), rtol=0.05, atol=0)
+    # Few sharp edges are no noise, and where there are few photons there is more of it.
+    edges = smooth + (u > v.square()).float() + noise
+    torch.testing.assert_close(noise_deviation(edges), torch.full((2,), 0.05), rtol=0.2, atol=0)
+    exact = torch.where(u > 1.5, 5.0, 0.5)[None].repeat(2, 1, 1)
+    few = detect(exact, standard_views((0.0, 90.0), 64, 320.0), Detector(i0=2e3), generator)
+    assert float(noise_deviation(few)) == pytest.approx(float((few - exact).square().mean().sqrt()), rel=0.1)
     images = (smooth + noise)[0]  # against the median of the finest Haar coefficients (Donoho & Johnstone 1994)
     haar = (images[:, ::2, ::2] - images[:, 1::2, ::2] - images[:, ::2, 1::2] + images[:, 1::2, 1::2]) / 2
     oracle = float(haar.abs().median()) / 0.6745
-    assert float(noise_deviation(images[None])) == pytest.approx(oracle, rel=0.05)
+    assert float(noise_deviation(images[None])) == pytest.approx(oracle, rel=0.1)
     with pytest.raises(InputError, match=r"images: found \(2, 64\) pixels, expected at least 3 a side"):
         noise_deviation(noise[..., :2, :])
 
 
 def test_a_misfit_is_parted_into_noise_and_the_rest():
-    """By squares, and the rest of a right volume is little however noisy its x-rays are."""
+    """The rest of a wrong volume is that from exact x-rays, however noisy they are; that of a right one is little."""
     views = standard_views((0.0, 22.5, 45.0, 67.5, 90.0), 16, 320.0)
     truth, _, xrays = case(3, views)
-    size, generator = xrays.square().mean().sqrt(), torch.Generator().manual_seed(4)
-    for share in (0.0, 0.1):
-        noisy = xrays + share * size * torch.randn(xrays.shape, generator=generator)
+    wrong, generator = truth - 0.1 * (truth + 1), torch.Generator().manual_seed(4)
+    expected = float(residual(wrong, xrays, views, SMALL))
+    for i0 in (math.inf, 2e4, 2e3):
+        noisy = detect(xrays, views, Detector(i0=i0), generator)
+        share = float((noisy - xrays).norm() / noisy.norm())
         rest, noise = misfit(truth, noisy[None], views, SMALL)
-        assert float(rest) < 0.5 * share + 1e-5 and float(noise) == pytest.approx(share, rel=0.15, abs=1e-5)
-        both = residual(truth, noisy, views, SMALL)
-        torch.testing.assert_close((rest.square() + noise.square()).sqrt(), both, rtol=0.02, atol=1e-5)
-    rest, noise = misfit(truth - 0.2, xrays[None], views, SMALL)
-    assert float(rest) > 0.9 * float(residual(truth - 0.2, xrays, views, SMALL)) > 5 * float(noise)
+        assert float(rest) <= 0.6 * share + 1e-5 and float(noise) == pytest.approx(share, rel=0.25, abs=1e-5)
+        rest, noise = misfit(wrong, noisy[None], views, SMALL)
+        assert float(rest) == pytest.approx(expected, rel=0.2)
 
 
 def test_noise_is_what_the_spread_of_the_samples_does_not_explain():
@@ -203,19 +212,40 @@ def test_noise_is_what_the_spread_of_the_samples_does_not_explain():
     assert float(unexplained_noise(samples[:1], noisy)) == 0  # a single sample tells nothing
 
 
-def test_noisy_x_rays_count_for_less(monkeypatch):
-    """A correction that does not know noise follows it; this one ends nearer to the truth."""
-    truth, samples, xrays = case(6)
-    samples = truth + 0.1 * (samples - truth)
-    noisy = xrays + 0.1 * xrays.square().mean().sqrt() * torch.randn(
-        xrays.shape, generator=torch.Generator().manual_seed(7)
-    )
+def test_noisy_x_rays_count_for_less_and_quiet_ones_do_not(monkeypatch):
+    """A correction that knows no noise follows it; where there is none it is as strong as ever."""
     torch.testing.assert_close(graininess(QUIET * torch.tensor([0.5, 1.0, 2.0])), torch.tensor([1.0, 1.0, 8.0]))
-    found = correct(samples, noisy, VIEWS, SMALL)
-    monkeypatch.setattr(consistency, "QUIET", float("inf"))
-    followed = correct(samples, noisy, VIEWS, SMALL)
-    errors = [float((volumes.mean(0) - truth).square().mean()) for volumes in (found, followed)]
-    assert errors[0] < 0.5 * errors[1]
+    assert float(graininess(torch.tensor(1e9))) == 1e6  # finite, whatever the x-rays are
+    torch.testing.assert_close(most_variation(QUIET * torch.tensor([0.5, 3.0])), torch.tensor([0.004, 0.012]))
+    views = preset_views(SMALL, "8view")
+    truth, samples, xrays = case(6, views)
+    coarse = torch.randn(1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    wrong = 0.2 * torch.nn.functional.interpolate(coarse, scale_factor=4, mode="trilinear")[0]
+    near, far = truth + 0.1 * (samples - truth), truth + wrong + 0.1 * (samples - truth)
+    noisy = detect(xrays, views, Detector(i0=1e3), torch.Generator().manual_seed(7))
+    errors = {}
+    for quiet in (QUIET, math.inf):
+        monkeypatch.setattr(consistency, "QUIET", quiet)
+        for name, some, images in (("noisy", near, noisy), ("quiet", far, xrays)):
+            found = correct(some, images, views, SMALL).mean(0)
+            errors[name, quiet] = float((found - truth).square().mean())
+    assert errors["noisy", QUIET] < 0.2 * errors["noisy", math.inf]
+    assert errors["quiet", QUIET] == errors["quiet", math.inf]
+    assert errors["quiet", QUIET] < 0.05 * float((far.mean(0) - truth).square().mean())
+
+
+def test_blank_x_rays_are_corrected_for_without_a_word_of_nan():
+    _, samples, _ = case()
+    assert torch.isfinite(correct(samples, torch.zeros(2, 16, 16), VIEWS, SMALL)).all()
+
+
+def test_a_shifted_volume_is_no_noise():
+    """What it misses its quiet x-rays by makes it less believed, not more."""
+    truth = patients(1, 3).unit()[0]
+    views = preset_views(SMALL, "8view")
+    xrays = project(to_mu(truth, SMALL)[:, None], views, SPACING)[0]
+    rest, noise = misfit(truth.roll((1, 1), (2, 3)), xrays, views, SMALL)
+    assert float(noise) < 0.25 * float(rest)
 
 
 def test_doubt_moves_weight_from_the_prior_to_the_total_variation(monkeypatch):
@@ -223,6 +253,7 @@ def test_doubt_moves_weight_from_the_prior_to_the_total_variation(monkeypatch):
     _, samples, xrays = case()
     sure = samples[:1] + 0.02 * (samples - samples.mean(0))
     doubt = overconfidence(sure, xrays, VIEWS, SMALL) / consistency.USUAL_OVERCONFIDENCE
+    monkeypatch.setattr(consistency, "most_variation", lambda noise: torch.tensor(math.inf))
     seen = []
     monkeypatch.setattr(consistency, "tv", lambda *a, **k: seen.append(k) or k["prior"])
     correct(sure, xrays, VIEWS, SMALL)

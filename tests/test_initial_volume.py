@@ -160,7 +160,7 @@ def test_a_refinement_also_sees_guesses_that_are_wrong(tmp_path, vqgan, monkeypa
     monkeypatch.setattr(stage_initial, "doubted", lambda few, *_: strange[: len(few)])
     preset = REFINED.replace(initial={"doubted": 1.0})
     network = train_initial(some, vqgan, preset, tmp_path / "initial", start=guess)
-    found = [net.refined(strange, some.xrays, some.views).detach() for net in (network, never)]
+    found = [net.refinement(strange).detach() for net in (network, never)]
     errors = [float((volumes - truth).square().mean()) for volumes in found]
     assert errors[0] < 0.5 * errors[1]
 
@@ -194,6 +194,8 @@ def test_what_is_refined_is_moved_to_the_xrays_again():
     before, after = (residual(v[:, 0], some.xrays, some.views, SMALL) for v in (wrong, found))
     assert (after < 0.3 * before).all()
     assert float((found - truth).square().mean()) < 0.5 * float((wrong - truth).square().mean())
+    network.preset = REFINED.replace(initial={"move_again": False})
+    torch.testing.assert_close(network.refined(seen, some.xrays, some.views).detach(), wrong)
 
 
 def test_noise_is_not_taken_for_a_patient_that_the_network_does_not_know():
