@@ -112,7 +112,8 @@ def methods_side_by_side(result: Result) -> Figure:
     half = len(columns) if len(columns) <= 7 else math.ceil(len(columns) / 2)
     blocks = [columns[i : i + half] for i in range(0, len(columns), half)]
     planes = ("coronal", "axial")
-    figure, axes = new_figure(1.65 * half + 0.3, 3.75 * len(blocks) + 0.9, len(planes) * len(blocks), half)
+    figure, axes = new_figure(1.65 * half + 0.3, 4.0 * len(blocks) + 0.9, len(planes) * len(blocks), half)
+    figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr]  # the decibels of a row, the names of the next
     for ax in axes.ravel():
         ax.set_axis_off()
     for k, block in enumerate(blocks):
