@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import SMALL, patients
 
+from difr3ct_core import chapters
 from difr3ct_core.chapters import Chapter
 from difr3ct_core.datasets import through_detectors
 from difr3ct_core.detector import DetectorRange, draw_detector
@@ -59,3 +60,19 @@ def test_any_view_training_says_that_it_cannot(tmp_path, monkeypatch):
         chapter._training(None)
     seen = chapter._training("2view")
     assert seen.ids[0].startswith("blob-0-0@") and seen.detectors["seed"] == 0
+
+
+def test_copies_of_a_scan_go_through_detectors_too(tmp_path, monkeypatch):
+    """What a refinement learns from has no exact x-rays among imperfect ones."""
+    chapter = Chapter("x", SMALL, tmp_path, tmp_path / "run", 0, torch.device("cpu"))
+    monkeypatch.setattr(chapter, "patients", lambda split, views=None: patients(4).with_views(views or "2view"))
+    monkeypatch.setattr(chapter, "_autoencoder", lambda start: None)
+    monkeypatch.setattr(chapter, "copies", lambda scan, count: patients(count, seed=5).hu[:, None].float())
+    seen = []
+    monkeypatch.setattr(chapters, "train_initial", lambda *given: seen.append(given[-1]))
+    for chapter.detectors in (False, True):
+        chapter.initial("2view", scan=tmp_path)
+    exact, imperfect = seen
+    assert exact.detectors is None and imperfect.detectors["seed"] == 1
+    assert torch.equal(exact.hu, imperfect.hu)
+    assert float((exact.xrays - imperfect.xrays).square().mean()) > 1e-4
