@@ -352,7 +352,7 @@ PRESETS: dict[str, Preset] = {
         unet=UNetPreset(widths=(32, 80, 96), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
         diffusion=DiffusionPreset(prediction="v"),
         sampling=SamplingPreset(n_samples=4, anchor=1.0),
-        book=BookPreset(patients=8, few=2, samples=8),
+        book=BookPreset(patients=8, few=2, samples=8, monte_carlo=100),  # as many as §V-F takes
         # A step on one crop of each of eight patients costs as much as one on a whole volume, and teaches more.
         train_vqgan=TrainPreset(
             steps=3000,
