@@ -239,7 +239,7 @@ def _count(result: Result) -> Found:
     counts = [int(count) for count in result.arrays["count"]]
     for key in result.values:
         what, _, n = key.rpartition("_")
-        yield key, float(result.arrays[f"{what}_2view"][counts.index(int(n))]), EXACT
+        yield key, float(result.arrays[f"{what}_2view"][-1 if n == "all" else counts.index(int(n))]), EXACT
 
 
 @formula("organs")
