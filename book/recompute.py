@@ -247,6 +247,9 @@ def _organs(result: Result) -> Found:
     v = result.values
     pairs = zip(v["organ_std_2view"], v["organ_std_8view"], strict=True)
     yield "narrower", sum(eight < two for two, eight in pairs), 0
+    sets = [v[key] for key in ("organ_std_2view", "organ_std_4view", "organ_std_8view") if key in v]
+    rows = np.array(sets).T
+    yield "step_by_step", int((np.diff(rows, axis=1) <= 0).all(1).sum()), 0
 
 
 @formula("calibration")

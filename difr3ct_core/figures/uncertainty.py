@@ -5,6 +5,8 @@ Each function takes a saved result and returns a figure. The docstring names the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -12,6 +14,12 @@ from ..results import Result
 from .style import COLOURS, VIEW_COLOURS, VIEW_NAMES, Scale, colour_bar, finish, new_figure, show_slice, styled, top
 
 PAIR = ("2view", "8view")
+MARKERS = {"2view": "o", "4view": "D", "8view": "s"}
+
+
+def _sets(prefix: str, found: Mapping[str, object]) -> list[str]:
+    """The sets of views that a result has, few views first: two or three."""
+    return [views for views in MARKERS if f"{prefix}_{views}" in found]
 
 
 @styled
@@ -28,10 +36,11 @@ def bias_variance(result: Result) -> Figure:
         ("bias", "= bias²"),
         ("variance", "+ variance"),
     )
-    figure, axes = new_figure(9.8, 7.9, 4, 5)
+    sets = _sets("mean", a)
+    figure, axes = new_figure(9.8, 3.6 * len(sets) + 0.7, 2 * len(sets), 5)
     # Root of the mean squares: the same picture, in HU, which a reader can judge.
     scale = Scale("square root, HU", 0, top(np.sqrt(a["error_2view"]), 0.995), "inferno")
-    for k, views in enumerate(PAIR):
+    for k, views in enumerate(sets):
         for i, plane in enumerate(("coronal", "axial")):
             row = axes[2 * k + i]
             ct = show_slice(row[0], a["truth"], plane, marks=True)
@@ -60,7 +69,7 @@ def sample_count(result: Result) -> Figure:
     """
     a = result.arrays
     figure, axes = new_figure(8.8, 3.5, 1, 2)
-    for views in PAIR:
+    for views in _sets("rmse", a):
         colour = VIEW_COLOURS[views]
         axes[0, 0].plot(a["count"], a[f"rmse_{views}"], "o", color=colour, label=VIEW_NAMES[views])
         axes[0, 0].plot(a["count"], a[f"predicted_{views}"], "-", color=colour, linewidth=1)
@@ -92,13 +101,14 @@ def organs(result: Result) -> Figure:
     y = np.arange(len(names))
     panels = (("organ_std", "standard deviation of the samples, HU"), ("organ_error", "RMS error of the mean, HU"))
     for ax, (key, label) in zip(axes[0], panels, strict=True):
-        few, many = (np.asarray(v[f"{key}_{views}"])[order] for views in PAIR)
-        ax.hlines(y, np.minimum(few, many), np.maximum(few, many), color="#bbbbbb", linewidth=2)
-        for views, values, marker in zip(PAIR, (few, many), ("o", "s"), strict=True):
-            ax.plot(values, y, marker, color=VIEW_COLOURS[views], label=VIEW_NAMES[views], markersize=6)
+        of_sets = {views: np.asarray(v[f"{key}_{views}"])[order] for views in _sets(key, v)}
+        table = np.stack(list(of_sets.values()))
+        ax.hlines(y, table.min(0), table.max(0), color="#bbbbbb", linewidth=2)
+        for views, values in of_sets.items():
+            ax.plot(values, y, MARKERS[views], color=VIEW_COLOURS[views], label=VIEW_NAMES[views], markersize=6)
         ax.set_xlabel(label)
         ax.grid(True, axis="x", linewidth=0.6)
-        ax.set_xlim(0, 1.08 * max(few.max(), many.max()))  # its own axis: a few organs' errors dwarf every spread
+        ax.set_xlim(0, 1.08 * table.max())  # its own axis: a few organs' errors dwarf every spread
     axes[0, 0].set_yticks(y, names)
     axes[0, 0].tick_params(axis="y", length=0)
     axes[0, 0].legend(loc="lower right")
