@@ -80,7 +80,7 @@ def sample_count(result: Result) -> Figure:
     axes[0, 1].set_title("population standard deviation of N samples", loc="left")
     for ax in axes[0]:
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xticks(a["count"], [f"{n:g}" for n in a["count"]])
         ax.set_xlabel("samples N")
         ax.grid(True, linewidth=0.6)
         ax.legend()
