@@ -158,5 +158,5 @@ def detectors(result: Result) -> Figure:
     gain = float(np.mean(a["psnr_trained_none"][1:] - a["psnr_exact_none"][1:]))
     title = "What imperfect detectors cost"
     if gain > 0:
-        title += f"; a model that has met them is {gain:.1f} dB better on them"
+        title += f"; a model that has met them is {gain:.1f} dB better on average"
     return finish(figure, result, title)
