@@ -49,6 +49,11 @@ def to_unit(mu: Float[Tensor, "*any"], preset: Preset) -> Float[Tensor, "*any"]:
     return ct.hu_to_unit(ct.mu_to_hu(mu, preset.xray.mu_water_per_mm), preset.volume)
 
 
+def projected(volumes: Float[Tensor, "b z y x"], views: Sequence[View], preset: Preset) -> Float[Tensor, "b n v u"]:
+    """Line integrals of volumes in [-1, 1]."""
+    return project(to_mu(volumes, preset)[:, None], views, preset.volume.spacing_mm)[:, 0]
+
+
 def residual(
     samples: Float[Tensor, "s z y x"], xrays: Float[Tensor, "*s n v u"], views: Sequence[View], preset: Preset
 ) -> Float[Tensor, " s"]:
@@ -59,7 +64,7 @@ def residual(
         xrays: line integrals of the patient, or of a patient for each volume.
         views: one per x-ray.
     """
-    again = project(to_mu(samples, preset)[:, None], views, preset.volume.spacing_mm)[:, 0]
+    again = projected(samples, views, preset)
     return (again - xrays).flatten(1).norm(dim=1) / xrays.flatten(-3).norm(dim=-1)
 
 
@@ -89,7 +94,7 @@ def misfit(
 
     A volume may be right and miss noisy x-rays; the rest alone says that it is wrong.
     """
-    again = project(to_mu(volumes, preset)[:, None], views, preset.volume.spacing_mm)[:, 0]
+    again = projected(volumes, views, preset)
     size = _size(xrays)
     noise = noise_deviation(again - xrays)
     rest = ((again - xrays).square().mean((1, 2, 3)) - noise.square()).clamp_min(0).sqrt()
@@ -111,9 +116,9 @@ def graininess(noise: Float[Tensor, " *b"]) -> Float[Tensor, " *b"]:
     """How many times less x-rays count than quiet ones, 1 or more: the cube of their noise over :data:`QUIET`.
 
     By the squares (a Gaussian's precision) validation phantoms at 1e3 photons, moved to eight x-rays, came out 0.8 dB
-    worse: what a volume takes over of noise is far from white.
+    worse (with an earlier estimate of the noise): what a volume takes over of noise is far from white.
     """
-    return (noise / QUIET).clamp(1.0, 100.0) ** 3
+    return _loudness(noise) ** 3
 
 
 def most_variation(noise: Float[Tensor, " *b"]) -> Float[Tensor, " *b"]:
@@ -121,7 +126,12 @@ def most_variation(noise: Float[Tensor, " *b"]) -> Float[Tensor, " *b"]:
 
     In proportion to the noise, as :func:`difr3ct_core.baselines.classical.tv` says.
     """
-    return 0.004 * (noise / QUIET).clamp(1.0, 100.0)
+    return 0.004 * _loudness(noise)
+
+
+def _loudness(noise: Float[Tensor, " *b"]) -> Float[Tensor, " *b"]:
+    """Noise over :data:`QUIET`, 1 or more; beyond 100 x-rays are nothing but noise, and weights stay finite."""
+    return (noise / QUIET).clamp(1.0, 100.0)
 
 
 def unexplained_noise(again: Float[Tensor, "s n v u"], xrays: Float[Tensor, "n v u"]) -> Float[Tensor, ""]:
@@ -152,7 +162,7 @@ def overconfidence(
     """
     if len(samples) < 2:
         raise InputError("overconfidence: found 1 sample, expected at least 2, which have a spread; draw more.")
-    again = project(to_mu(samples, preset)[:, None], views, preset.volume.spacing_mm)[:, 0]
+    again = projected(samples, views, preset)
     variance = again.var(0).mean().clamp_min(torch.finfo(again.dtype).tiny)
     missed = (again - xrays).square().mean() - unexplained_noise(again, xrays).square()
     return float(missed.clamp_min(0) / (2 * variance))
@@ -217,7 +227,7 @@ def correct(
     scale = deviation + 0.1 * deviation.mean() if method == "spread" else None  # no voxel is quite certain
     hold: float | Tensor = prior_weight_mm
     if method == "tv":
-        again = project(mu[:, None], views, preset.volume.spacing_mm)[:, 0]
+        again = projected(samples, views, preset)
         noise = unexplained_noise(again, xrays.to(again)) / _size(xrays.to(again))
         grain = float(graininess(noise))
         tv_weight_mm, prior_weight_mm = grain * tv_weight_mm, grain * prior_weight_mm
