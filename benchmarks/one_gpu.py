@@ -65,6 +65,7 @@ from difr3ct_core.chapters import Chapter, project_root
 from difr3ct_core.datasets import Patients
 from difr3ct_core.files import read_json, read_npz, write_json, write_npz, write_safetensors
 from difr3ct_core.latents import encoded, solved
+from difr3ct_core.phantoms.variety import varied
 from difr3ct_core.presets import COHORTS, VIEW_SETS, Preset, get_preset
 from difr3ct_core.results import device_name
 from difr3ct_core.stages import fan_angles
@@ -86,6 +87,8 @@ TRIAL, PLANNED = 40, 0.88
 #: Share of DIFR3CT's time that its initial network gets.
 INITIAL_SHARE = 0.5
 REFINEMENT_SHARE = 0.6
+#: With ``--vary``, of what the guess itself learns in before the refinement.
+FIELD_SHARE = 0.4
 #: Learning rates where DIFR3CT goes on from weights, and of the cohorts after the first, of those above.
 FURTHER, SECOND = 0.7, 0.4
 COMMAND = "python benchmarks/one_gpu.py"
@@ -107,6 +110,7 @@ class Plan:
     refine: tuple[int, ...]  # widths of the network that refines its first guess; () for none
     guess: Path | None  # folder of INRR3CT's weights, COHORT-VIEWS.safetensors, whose volumes that is
     scan: Path | None  # a real CT, copies of which the refinement learns from
+    vary: float  # variations for each patient of lung, from which the guess and its refinement learn too
     encoding: Any  # lock: one process encodes the volumes, the others read what it wrote
 
 
@@ -213,6 +217,19 @@ class Job:
         write_safetensors(path, state, {"kind": "initial", "preset": before[2].to_dict(), "history": history})
         return path
 
+    def varied_guess(self, chapter: Chapter, preset: Preset, begin: Path | None, network: Path | None) -> Path:
+        """The guess, that of ``network`` or ``begin``, trained further on variations too."""
+        kept, chapter.run = chapter.run, chapter.run / "guess"
+
+        def field(steps: int, stop_after: int | None) -> None:
+            first = {**INITIAL, **QUIET, "steps": steps, "lr": FURTHER * INITIAL["lr"], "precision": "fp32"}
+            chapter.preset = preset.replace(initial={"refine_widths": ()}, train_initial=first)
+            chapter.initial(self.views, stop_after, begin, network, self.plan.scan)
+
+        self.train("lung", "guess", FIELD_SHARE * self.left("lung"), field)
+        found, chapter.run = chapter.run / f"initial-{self.views}", kept
+        return found
+
     def latent_diffusion(self, cohort: str, chapter: Chapter, begun: Path | None) -> None:
         """Initial network and diffusion model, exported."""
         begin, rate = self.beginning(begun)
@@ -221,10 +238,14 @@ class Job:
         if self.plan.refine:
             network = self.guess_of(cohort, begin) if cohort != "lung" or not preset.initial.in_voxels else None
             guess = {"solver": "none", "network": True, "in_voxels": True, "refine_widths": self.plan.refine}
+            if cohort == "lung":
+                guess |= {"varied": self.plan.vary, "doubted": 0.0} if self.plan.vary else {}
             if self.name == "detectors":  # whose guesses are wrong anyway, and whose x-rays are
                 guess |= {"doubted": 0.0, "move_again": False}
             preset = preset.replace(initial=guess)
         any_view = self.views == "any"
+        if cohort == "lung" and self.plan.vary and not any_view:
+            network = self.varied_guess(chapter, preset, begin, network)
         train, vqgan = chapter.patients("train", None if any_view else self.views), chapter.vqgan()
         with self.plan.encoding:
             encoded(train, vqgan.to(chapter.device), chapter.run / "latents")
@@ -308,6 +329,7 @@ class OwnModels(Chapter):
 
     _seen: Patients | None = None
     _copies: Tensor | None = None
+    _variations: Tensor | None = None
 
     def copies(self, scan: str | Path, count: int) -> Tensor:
         if self._copies is None:  # asked for first before the processes part, who then share them
@@ -315,6 +337,15 @@ class OwnModels(Chapter):
                 jobs = [(self.preset, self.data, scan, math.ceil(count / 32), seed) for seed in range(32)]
                 self._copies = torch.cat(pool.starmap(_copies, jobs))
         return self._copies[:count]
+
+    def variations(self, count: int) -> Tensor:
+        if self._variations is None:  # likewise
+            train, part = self.patients("train"), math.ceil(count / 32)
+            rows = [torch.arange(k, k + part) % len(train) for k in range(0, count, part)]
+            jobs = [(train.hu[some], train.labels[some], train.volume, part * i) for i, some in enumerate(rows)]
+            with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+                self._variations = torch.cat(pool.starmap(_variations, jobs))
+        return self._variations[:count]
 
     def weights(self, model: str) -> Path:
         return super().weights(model) if model == "vqgan" else self.run / model
@@ -333,6 +364,11 @@ def _copies(preset: Preset, data: Path, scan: Path, count: int, seed: int) -> Te
     return Chapter("copies", preset, data, Path(), seed, torch.device("cpu")).copies(scan, count)
 
 
+def _variations(*patients: Any) -> Tensor:
+    torch.set_num_threads(1)
+    return varied(*patients)
+
+
 class FannedOut(Patients):
     """Patients whose x-rays are those of the any-view model already."""
 
@@ -345,7 +381,7 @@ class FannedOut(Patients):
 
 
 def open_chapters(
-    run: Path, data: Path, presets: dict[str, Preset], device: str, scan: Path | None
+    run: Path, data: Path, presets: dict[str, Preset], device: str, scan: Path | None, vary: float
 ) -> dict[str, Chapter]:
     """The cohorts, their patients read before the processes part, who then share the memory."""
     chapters: dict[str, Chapter] = {}
@@ -354,8 +390,11 @@ def open_chapters(
         chapters[cohort] = OwnModels("tables", preset, data, run / preset.name, 0, torch.device(device))
         for split in ("train", "val", "test"):
             chapters[cohort].patients(split)
+    count = len(chapters["lung"].patients("train"))
     if scan is not None:
-        chapters["lung"].copies(scan, math.ceil(len(chapters["lung"].patients("train")) / 4))
+        chapters["lung"].copies(scan, math.ceil(count / 4))
+    if vary:
+        chapters["lung"].variations(round(vary * count))
     return chapters
 
 
@@ -372,28 +411,31 @@ def main() -> int:
         "--guess", type=Path, help="folder of INRR3CT's weights to be refined, COHORT-VIEWS.safetensors"
     )
     parser.add_argument("--scan", type=Path, help="with --refine: a real CT, copies of which are learned from on lung")
+    parser.add_argument(
+        "--vary", type=float, default=0.0, metavar="SHARE", help="with --refine: variations of each patient of lung"
+    )
     parser.add_argument("--patients", type=int, default=16)
     parser.add_argument("--smoke", type=int, default=0, metavar="STEPS", help="try everything with so few steps")
     parser.add_argument("--only", nargs="+", help="jobs such as difr3ct/2view (default: all)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    if options.scan and not options.refine:
-        parser.error("--scan: is for a refinement; give --refine as well")
+    if (options.scan or options.vary) and not options.refine:
+        parser.error("--scan, --vary: are for a refinement; give --refine as well")
     for folder in (options.out, *(options.run / name for name in ("done", "export", "guess", "slices"))):
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(project_root() / "pretrained" / "small-vqgan.safetensors", options.run / "export")
     presets = {name: get_preset(given) for name, given in zip(COHORTS, options.presets, strict=False)}
     if len(options.presets) > len(COHORTS) or len(options.seconds) < len(presets):
         parser.error("expected at most three presets, and --seconds for each")
-    chapters = open_chapters(options.run, options.data, presets, options.device, options.scan)
+    chapters = open_chapters(options.run, options.data, presets, options.device, options.scan, options.vary)
     chosen = [job for job in jobs() if options.only is None or "/".join(job) in options.only]
     context = multiprocessing.get_context("fork")
     now = time.monotonic()
     ends = dict(zip(presets, (now + np.cumsum(options.seconds)).tolist(), strict=False))
     plan = Plan(
         options.out, options.run, options.data, options.patients, ends, options.smoke, options.start,
-        tuple(options.refine), options.guess, options.scan, context.Lock(),
+        tuple(options.refine), options.guess, options.scan, options.vary, context.Lock(),
     )  # fmt: skip
     print(f"{now - _began:6.1f} s  data read, {len(chosen)} processes start", flush=True)
     running = [context.Process(target=_work, args=(*job, chapters, plan), daemon=True) for job in chosen]

@@ -39,6 +39,7 @@ from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors
 from .initial_network import InitialNetwork
 from .initial_volume import InitialVolume
+from .phantoms.variety import varied
 from .presets import COHORTS, Preset, get_preset
 from .processes import first_alone, rank
 from .results import Result, load_result, provenance, run_id, save_result
@@ -263,8 +264,9 @@ class Chapter:
         """The initial network for a set of views, or "any", finished or trained now; see :meth:`ldm`.
 
         ``start``: weights of a diffusion model; a training begins with its initial network, if it has one, unless
-        ``network`` names another, or an INRR3CT. Where the preset refines a guess, it is the guess of that; deformed
-        copies of ``scan``, as in :meth:`decoder`, are then a fifth of what the refinement learns from.
+        ``network`` names another, or an INRR3CT. Where the preset refines a guess, it is the guess of that. Deformed
+        copies of ``scan``, as in :meth:`decoder`, are a fifth of what it learns from beside the patients themselves;
+        variations of them (``initial.varied``) come on top.
         """
         any_view = view_set == "any"
         beginning, history = None if start is None else load_ldm(start, self.device)[0].initial_network, []
@@ -273,14 +275,32 @@ class Chapter:
             history = training_history(metadata)
         vqgan, train = self._autoencoder(start), self._training(None if any_view else view_set)
         others = None
-        if scan is not None:
-            others = rendered(self.copies(scan, math.ceil(len(train) / 4)), train.views, self.preset)
+        if (more := self._others(len(train), scan)) is not None:
+            others = rendered(more, train.views, self.preset)
             others = through_detectors(others, self.seed + 1) if self.detectors else others
         return train_initial(
             train, vqgan, self.preset,
             self.run / f"initial-{view_set}", self.seed, self.device, stop_after, any_view, self.patients("val"),
             beginning, history, others,
         )  # fmt: skip
+
+    def _others(self, count: int, scan: str | Path | None) -> Tensor | None:
+        """Volumes that no patient of the cohort has, for its initial network: HU (n, 1, z, y, x), or None."""
+        more = [] if scan is None else [self.copies(scan, math.ceil(count / 4))]
+        if number := round(self.preset.initial.varied * count):
+            more.append(self.variations(number))
+        return torch.cat(more) if more else None
+
+    def variations(self, count: int) -> Tensor:
+        """Variations of the training patients (:func:`difr3ct_core.phantoms.variety.varied`), each in its turn."""
+        if self.preset.cohort.cohort not in COHORTS:
+            raise InputError(
+                f"initial.varied: varies phantoms by their labels, and the patients of {self.preset.name!r} are real "
+                "ones; set it to 0."
+            )
+        train = self.patients("train")
+        rows = torch.arange(count) % len(train)
+        return varied(train.hu[rows], train.labels[rows], self.preset.volume, self.seed)
 
     def short_run(self, model: str) -> Path:
         """Folder with the log of a training on this machine, for :func:`difr3ct_core.checkpoints.read_log`.

@@ -68,7 +68,7 @@ def deformed_copies(
     density = (hu.clamp(volume.hu_min, volume.hu_max) - AIR_HU)[None, None]
     copies = []
     for _ in range(count):
-        at = _map(edge, volume.fov_mm, d, generator)
+        at = random_map(edge, volume.fov_mm, d, generator)
         # Beyond the scan its last slice goes on: a trunk does not end in air.
         copy = (
             F.grid_sample(density, at, padding_mode="border", align_corners=False)
@@ -91,7 +91,7 @@ def warped(
         seed, limits: as in :func:`deformed_copies`.
     """
     generator, d, edge = torch.Generator().manual_seed(seed), limits or Deformation(), volumes.shape[-1]
-    maps = (_map(edge, fov_mm, replace(d, mirror=0.0), generator).to(volumes) for _ in volumes)
+    maps = (random_map(edge, fov_mm, replace(d, mirror=0.0), generator).to(volumes) for _ in volumes)
     pairs = zip(volumes.split(1), maps, strict=True)
     return torch.cat([F.grid_sample(v, at, padding_mode="border", align_corners=False) for v, at in pairs])
 
@@ -100,7 +100,7 @@ def _draw(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
-def _map(edge: int, fov_mm: float, d: Deformation, generator: torch.Generator) -> Float[Tensor, "1 z y x 3"]:
+def random_map(edge: int, fov_mm: float, d: Deformation, generator: torch.Generator) -> Float[Tensor, "1 z y x 3"]:
     """Where each voxel of a copy comes from, in the coordinates of grid_sample: the cube from -1 to 1."""
     unit = 2 / fov_mm
 

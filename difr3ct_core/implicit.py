@@ -131,7 +131,7 @@ class ImplicitVolume(nn.Module):
         generator: torch.Generator,
         part: slice,
         batch: int,
-    ) -> Float[Tensor, ""]:
+    ) -> Float[Tensor, " b"]:
         """Mean squared error at ``count`` random voxels of each patient.
 
         ``part`` are the rows of a step's ``batch`` that these patients are; voxels are drawn for all of it.
@@ -140,7 +140,7 @@ class ImplicitVolume(nn.Module):
         points = voxel_centres((z, y, x), (spacing_mm,) * 3).view(-1, 3).to(truth.device)
         rows = torch.randint(values.shape[1], (batch, count), generator=generator)[part].to(truth.device)
         found = self.at(self.features(xrays, views), views, points[rows])
-        return (found - values.gather(1, rows)).square().mean()
+        return (found - values.gather(1, rows)).square().mean(1)
 
     def volume(
         self, xrays: Float[Tensor, "b n v u"], views: Sequence[View], shape: Sequence[int], spacing_mm: float

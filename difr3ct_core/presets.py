@@ -128,6 +128,9 @@ class InitialPreset:
     refine_widths: tuple[int, ...] = ()  # in voxels: of a 3D U-Net that refines the volume; () is none
     refine_from: float = 0.0  # misfit of the guess (consistency.py) from which on this has a say; 0: always
     doubted: float = 0.0  # share of the patients that it also learns from with a guess that is wrong
+    varied: float = 0.0  # variations of the patients (phantoms/variety.py) that it also learns from, for each of them
+    second_from: float = 0.0  # misfit of the guess from which on a second network takes over; 0: there is none
+    second_passes: int = 1  # how often that one's refinement and move are repeated
     move_again: bool = True  # whether its answer is moved to the x-rays; not if it learned from imperfect ones
 
     @property

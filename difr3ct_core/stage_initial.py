@@ -57,14 +57,19 @@ def train_initial(
             on patients that the guess was not trained with, whose errors are not those of patients it never saw.
         history: the trainings that led to ``start``, for the record
             (:func:`difr3ct_core.weights.training_history`).
-        others: further patients with x-rays of the same views, such as deformed copies of a real CT, that a refinement
-            learns from.
+        others: further patients with x-rays of the same views, such as deformed copies of a real CT or variations of
+            phantoms, that a network in voxels learns from.
 
     Raises:
         InputError: the preset has no initial network, ``start`` is of another shape, or there is no guess to refine.
     """
     if not preset.initial.network:
         raise InputError(f"initial.network: is false in preset {preset.name!r}; set it to true to train one.")
+    if preset.initial.second_from:
+        raise InputError(
+            f"initial.second_from: found {preset.initial.second_from:g} in preset {preset.name!r}, expected 0; train "
+            "the two networks apart and put them together with difr3ct_core.weights.join_second."
+        )
     if any_view:
         train = train.at_angles(fan_angles(preset), preset.xray, device=device)
     folder = Path(folder)
@@ -80,8 +85,11 @@ def train_initial(
         fingerprint["start"] = state_digest(start)
     strange = round(preset.initial.doubted * len(train))  # patients that a refinement also sees with a wrong guess
     if others is not None:
-        if not preset.initial.refine_widths or any_view:
-            raise InputError("scan: is for a refinement (initial.refine_widths) with one set of views; leave it out.")
+        if not preset.initial.in_voxels or any_view:
+            raise InputError(
+                "others: found further patients, but what learns from them is an initial network in voxels "
+                "(initial.in_voxels) for one set of views; leave out --scan and initial.varied."
+            )
         share = round(len(others) / (len(train) + strange + len(others)), 3)
         fingerprint["others"] = [len(others), share, data_digest(others)]
     if _finished(path, fingerprint):
@@ -92,6 +100,8 @@ def train_initial(
     if refines:
         _take_guess(model, start, path)
         _prepare([model.refinement], settings)
+    elif isinstance(start, InitialVolume) and isinstance(model, InitialVolume):  # a refinement is of that guess alone
+        load_state(model.field, start.field.state_dict(), path)
     elif start is not None:
         load_state(model, start.state_dict(), path)
     vqgan = vqgan.to(device).eval()
@@ -109,7 +119,7 @@ def train_initial(
             guesses, train = torch.cat([guesses, wrong]), train.joined(strangers)
         if others is not None:
             guesses = torch.cat([guesses, unrefined(others, vqgan, model, cache, device)])
-            train = train.joined(others)
+    train = train if others is None else train.joined(others)
 
     def loss_of_step(step: int, generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch_index(len(train), settings.batch_size, step, seed)[part]

@@ -18,7 +18,7 @@ from .checkpoints import load_state
 from .diffusion import LatentDiffusion
 from .files import InputError, read_safetensors, write_safetensors
 from .initial_network import InitialNetwork, build_initial
-from .initial_volume import InitialVolume
+from .initial_volume import USUAL, InitialVolume
 from .presets import Preset
 from .vqgan import VQGAN
 
@@ -152,6 +152,35 @@ def training_history(metadata: dict[str, Any]) -> list[dict[str, Any]]:
     peak = origin.get("peak_gpu_gb", origin["peak_memory_gb"])
     return [{"kind": kind, **{name: training[name] for name in ("steps", "batch_size")},
              "wall_s": origin["wall_s"], "peak_memory_gb": peak}]  # fmt: skip
+
+
+def join_second(run: str | Path, second: str | Path, path: str | Path, passes: int = 1) -> None:
+    """Write a diffusion model with a second initial network for patients whose guess misses their x-rays.
+
+    Args:
+        run: the diffusion model, whose own initial network is in voxels and refined.
+        second: an initial network of the same widths (:func:`load_initial`), such as one that learned from variations
+            of phantoms; it sees patients whose guess misses by more than ``initial_volume.USUAL``.
+        path: the file to write.
+        passes: how often refinement and move of the second are repeated.
+
+    Raises:
+        InputError: networks that do not fit together.
+    """
+    tensors, metadata = read_safetensors(weights_file(Path(run)))
+    first, other = load_initial(run)[0], load_initial(second)
+    prefix = "ldm.initial_network."
+    if not (isinstance(first, InitialVolume) and first.refinement is not None and first.second is None):
+        raise InputError(f"{run}: expected a refined initial network in voxels, without a second one.")
+    metadata["preset"]["initial"] |= {"second_from": USUAL, "second_passes": passes}
+    inner = InitialVolume(Preset.from_dict(metadata["preset"])).second
+    assert inner is not None
+    load_state(inner, other[0].state_dict(), Path(second))
+    stored = next(value.dtype for name, value in tensors.items() if name.startswith(prefix))
+    tensors |= {f"{prefix}second.{name}": value.to(stored) for name, value in inner.state_dict().items()}
+    origin = {"history": training_history(other[2]), "preset": other[1].to_dict()}
+    origin |= {name: other[2]["fingerprint"][name] for name in ("others", "n_train") if name in other[2]["fingerprint"]}
+    write_safetensors(path, tensors, {**metadata, "second": origin})
 
 
 def export_weights(

@@ -25,7 +25,7 @@ from difr3ct_core.presets import TrainPreset
 from difr3ct_core.reconstruct import posterior_samples
 from difr3ct_core.stage_initial import train_initial
 from difr3ct_core.stages import train_ldm, train_vqgan
-from difr3ct_core.weights import load_initial, load_ldm, training_history
+from difr3ct_core.weights import join_second, load_initial, load_ldm, training_history
 
 SIZES = {
     "network": True,
@@ -237,8 +237,63 @@ def test_deformed_copies_of_a_scan_join_what_a_refinement_learns_from(tmp_path, 
     assert error(network, copies) < 0.95 * error(alone, copies)
     with pytest.raises(InputError, match="patients: found two sets of other views or grids"):
         some.joined(copies.with_views("2view"))
-    with pytest.raises(InputError, match="scan: is for a refinement"):
-        train_initial(some, vqgan, GUESS, tmp_path / "guess" / "initial", others=copies)
+    with pytest.raises(InputError, match="others: found further patients, but what learns from them is an initial"):
+        train_initial(some, vqgan, GUESS, tmp_path / "any" / "initial", others=copies, any_view=True)
+
+
+def test_variations_count_alike_and_join_what_the_guess_itself_learns_from(tmp_path, vqgan):
+    some, strange = patients(6).with_views("2view"), patients(4, seed=3)
+    others = rendered(strange.hu[:, None].float() + 150, some.views, GUESS)
+    start = train_initial(some, vqgan, GUESS, tmp_path / "start" / "initial")
+    preset = GUESS.replace(initial={"varied": 0.5}, train_initial={"steps": 150})
+    alone = train_initial(some, vqgan, preset, tmp_path / "alone" / "initial", start=start)
+    both = train_initial(some, vqgan, preset, tmp_path / "both" / "initial", start=start, others=others)
+    assert error(both, others) < 0.95 * error(alone, others)
+    # The loss is the mean logarithm of each patient's: one patient's error times e is one more, over their number.
+    network = InitialVolume(preset)
+    squares = torch.tensor([0.5, 2.0, 8.0])
+    larger = squares * torch.tensor([1.0, 1.0, torch.e])
+    assert float(network._over_patients(larger) - network._over_patients(squares)) == pytest.approx(1 / 3, rel=1e-5)
+
+
+def test_a_second_pass_refines_what_the_first_one_found(tmp_path, vqgan):
+    some = patients(6).with_views("2view")
+    guess = train_initial(some, vqgan, GUESS, tmp_path / "guess" / "initial")
+    network = train_initial(some, vqgan, REFINED, tmp_path / "initial", start=guess)
+    seen = network.unrefined(some.xrays, some.views)
+    noise = misfit(seen[:, 0], some.xrays, some.views, REFINED)[1]
+    once = network.refinement(seen).clamp(-1, 1)
+    again = torch.cat([once, network.moved(once, some.xrays, some.views, noise)], dim=1)
+    twice = network.moved(network.refinement(again).clamp(-1, 1), some.xrays, some.views, noise)
+    network.passes = 2
+    torch.testing.assert_close(network.refined(seen, some.xrays, some.views), twice, atol=1e-4, rtol=0)
+    assert float((twice - again[:, 1:]).detach().abs().max()) > 0.01
+
+
+def test_a_patient_whose_guess_misses_its_xrays_is_left_to_the_second_network(tmp_path, vqgan):
+    some = patients(6).with_views("2view")
+    guess = train_initial(some, vqgan, GUESS, tmp_path / "guess" / "initial")
+    second = train_initial(some, vqgan, REFINED, tmp_path / "second" / "initial", seed=5, start=guess)
+    train_initial(some, vqgan, REFINED, tmp_path / "initial", start=guess)
+    train_ldm(some, vqgan, REFINED, tmp_path / "ldm", network=tmp_path / "initial")
+    join_second(tmp_path / "ldm", tmp_path / "second" / "initial", tmp_path / "joined.safetensors", passes=2)
+    model, _, preset, metadata = load_ldm(tmp_path / "joined.safetensors")
+    both, alone = model.initial_network, load_ldm(tmp_path / "ldm")[0].initial_network
+    assert preset.initial.second_from == USUAL and metadata["second"]["history"]
+    missed = misfit(both.unrefined(some.xrays, some.views)[:, 0], some.xrays, some.views, preset)[0]
+    both.preset = preset.replace(initial={"second_from": float(missed.sort().values[2:4].mean())})
+    assert both.second.passes == 2 and second.passes == 1
+    second.passes = 2
+    strange = missed > both.preset.initial.second_from
+    assert strange.sum() == 3
+    found = both(some.xrays, some.views).detach()
+    for network, rows in ((alone, ~strange), (second, strange)):
+        torch.testing.assert_close(found[rows], network(some.xrays[rows], some.views).detach(), atol=1e-5, rtol=0)
+    assert float((alone(some.xrays, some.views) - second(some.xrays, some.views)).detach().abs().max()) > 0.01
+    with pytest.raises(InputError, match=r"initial.second_from: found 0\.03 in preset 'tiny', expected 0"):
+        train_initial(some, vqgan, preset, tmp_path / "again" / "initial", start=guess)
+    with pytest.raises(InputError, match="expected a refined initial network in voxels, without a second one"):
+        join_second(tmp_path / "joined.safetensors", tmp_path / "second" / "initial", tmp_path / "twice.safetensors")
 
 
 def test_a_patient_whose_guess_misses_its_xrays_gets_samples_that_spread_farther(tmp_path, vqgan):

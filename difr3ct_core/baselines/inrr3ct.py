@@ -58,7 +58,7 @@ class INRR3CT(Baseline):
         """Mean squared error at random voxels; see :meth:`Baseline.loss`."""
         self.check(xrays)
         spacing, points = self.preset.volume.spacing_mm, self.settings.points
-        return self.field.loss(xrays, self.views, truth, spacing, points, generator, part, batch), {}
+        return self.field.loss(xrays, self.views, truth, spacing, points, generator, part, batch).mean(), {}
 
     @torch.no_grad()
     def reconstruct(self, xrays: Float[Tensor, "b n v u"], seed: int = 0) -> Float[Tensor, "b 1 z y x"]:
