@@ -17,7 +17,9 @@ the tables. A third gave DIFR3CT 1280 of ``lung`` and 320 copies of a scan, then
 eight views alone, ``--seconds 135 65 40``, of which most went into computing what is refined): the rows of DIFR3CT for
 ``thoracic`` at two to eight views are of it. For ``lung`` it brought nothing: copies of one scan helped on that patient
 by 2 dB, on another by 0.1, and cost phantoms 0.5 at four views (their errors are so much larger that the loss is mostly
-theirs).
+theirs). A fourth trained the second networks (``initial.second_from``) at eight, four and two views: 1024 phantoms,
+``--first 9500``, and a variation of each (``--seconds 455 --grace-s 72 --start pretrained --refine 32 48 64 --vary 1``,
+five jobs); for phantoms they were 0.05 to 0.35 dB behind the first ones, so that those stayed.
 
 One process for a method and its views. All start together on ``lung`` and share the GPU; the steps of each are planned
 for the same time from how long its first ones take, so that every schedule of the learning rate comes to its end. Some
@@ -27,9 +29,10 @@ on from there on ``thoracic`` until the second time is over (Table II); who was 
 All begin with random weights; with ``--start pretrained`` DIFR3CT goes on from those that ship instead, the any-view
 model from the 4-view one. With ``--refine`` its first guess is a refined volume (:mod:`difr3ct_core.initial_volume`):
 that of INRR3CT, at eight views of the one for four; ``--scan`` names a real CT, deformed copies of which are then a
-part of what it learns from on ``lung``. ``--guess`` names INRR3CT's weights, with which INRR3CT goes on too, as the
-control. ``detectors/8view`` is DIFR3CT on x-rays of imperfect detectors
-(:func:`difr3ct_core.datasets.through_detectors`), for ``benchmarks/detectors.py``.
+part of what it learns from on ``lung``; with ``--vary`` variations of phantoms are
+(:mod:`difr3ct_core.phantoms.variety`), and the guess itself learns from them first. ``--guess`` names INRR3CT's
+weights, with which INRR3CT goes on too, as the control. ``detectors/8view`` is DIFR3CT on x-rays of imperfect
+detectors (:func:`difr3ct_core.datasets.through_detectors`), for ``benchmarks/detectors.py``.
 
 Writes into ``--out``: ``small-ldm-VIEWS.safetensors`` (bfloat16), ``tables.json`` and ``tables_COHORT.npz`` (as
 ``benchmarks/tables.py``), and ``steps.json``, what was trained for how many steps. Logs stay in ``--run``, and models
@@ -40,35 +43,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
-import os
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _one_gpu import open_chapters
 from _results import update_results
-from torch import Tensor
 
 from difr3ct_core import training
 from difr3ct_core.baselines.presets import get_baselines, with_training
 from difr3ct_core.baselines.registry import METHODS, Options
 from difr3ct_core.baselines.tables import compare, measure, middle_slices
 from difr3ct_core.chapters import Chapter, project_root
-from difr3ct_core.datasets import Patients
 from difr3ct_core.files import read_json, read_npz, write_json, write_npz, write_safetensors
 from difr3ct_core.latents import encoded, solved
-from difr3ct_core.phantoms.variety import varied
 from difr3ct_core.presets import COHORTS, VIEW_SETS, Preset, get_preset
 from difr3ct_core.results import device_name
-from difr3ct_core.stages import fan_angles
 from difr3ct_core.vqgan_losses import Perceptual
 from difr3ct_core.weights import export_weights, load_initial, load_ldm, training_history
 
@@ -234,6 +232,7 @@ class Job:
         """Initial network and diffusion model, exported."""
         begin, rate = self.beginning(begun)
         preset = chapter.preset if begin is None else chapter.preset.replace(initial=load_ldm(begin)[2].initial)
+        preset = preset.replace(initial={"second_from": 0.0})  # put in by join_second afterwards
         network = None
         if self.plan.refine:
             network = self.guess_of(cohort, begin) if cohort != "lung" or not preset.initial.in_voxels else None
@@ -322,80 +321,6 @@ def _work(name: str, views: str, chapters: dict[str, Chapter], plan: Plan) -> No
     except BaseException:
         print(f"{name}/{views}: {traceback.format_exc()}", flush=True)
         raise
-
-
-class OwnModels(Chapter):
-    """The autoencoder ships; whatever else ships with the project is trained here all the same."""
-
-    _seen: Patients | None = None
-    _copies: Tensor | None = None
-    _variations: Tensor | None = None
-
-    def copies(self, scan: str | Path, count: int) -> Tensor:
-        if self._copies is None:  # asked for first before the processes part, who then share them
-            with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-                jobs = [(self.preset, self.data, scan, math.ceil(count / 32), seed) for seed in range(32)]
-                self._copies = torch.cat(pool.starmap(_copies, jobs))
-        return self._copies[:count]
-
-    def variations(self, count: int) -> Tensor:
-        if self._variations is None:  # likewise
-            train, part = self.patients("train"), math.ceil(count / 32)
-            rows = [torch.arange(k, k + part) % len(train) for k in range(0, count, part)]
-            jobs = [(train.hu[some], train.labels[some], train.volume, part * i) for i, some in enumerate(rows)]
-            with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-                self._variations = torch.cat(pool.starmap(_variations, jobs))
-        return self._variations[:count]
-
-    def weights(self, model: str) -> Path:
-        return super().weights(model) if model == "vqgan" else self.run / model
-
-    def _training(self, view_set: str | None) -> Patients:
-        # Kept, because it is asked for four times, and detectors and further angles take their time.
-        if self._seen is None:
-            self._seen = super()._training(view_set)
-            if view_set is None:
-                self._seen = FannedOut(**vars(self._seen)).rendered(self.preset, self.device)
-        return self._seen
-
-
-def _copies(preset: Preset, data: Path, scan: Path, count: int, seed: int) -> Tensor:
-    torch.set_num_threads(1)
-    return Chapter("copies", preset, data, Path(), seed, torch.device("cpu")).copies(scan, count)
-
-
-def _variations(*patients: Any) -> Tensor:
-    torch.set_num_threads(1)
-    return varied(*patients)
-
-
-class FannedOut(Patients):
-    """Patients whose x-rays are those of the any-view model already."""
-
-    def rendered(self, preset: Preset, device: torch.device) -> FannedOut:
-        return super().at_angles(fan_angles(preset), preset.xray, device=device)  # type: ignore[return-value]
-
-    def at_angles(self, angles_deg: Sequence[float], *_: Any, **__: Any) -> FannedOut:
-        assert tuple(angles_deg) == tuple(view.angle_deg for view in self.views)
-        return self
-
-
-def open_chapters(
-    run: Path, data: Path, presets: dict[str, Preset], device: str, scan: Path | None, vary: float
-) -> dict[str, Chapter]:
-    """The cohorts, their patients read before the processes part, who then share the memory."""
-    chapters: dict[str, Chapter] = {}
-    for cohort, preset in presets.items():
-        # The device is named, not touched: a process that has begun to use a GPU must not fork.
-        chapters[cohort] = OwnModels("tables", preset, data, run / preset.name, 0, torch.device(device))
-        for split in ("train", "val", "test"):
-            chapters[cohort].patients(split)
-    count = len(chapters["lung"].patients("train"))
-    if scan is not None:
-        chapters["lung"].copies(scan, math.ceil(count / 4))
-    if vary:
-        chapters["lung"].variations(round(vary * count))
-    return chapters
 
 
 def main() -> int:

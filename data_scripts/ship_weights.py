@@ -96,6 +96,14 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
     if "detectors" in metadata["fingerprint"]:
         command += " --detectors"
         seen += f" X-rays of simulated imperfect detectors: {metadata['fingerprint']['detectors']}."
+    if second := metadata.get("second"):
+        steps = (f"{h['steps']} steps of {h['batch_size']}, {h['wall_s'] / 60:.0f} min" for h in second["history"])
+        others = f" and {second['others'][0]} variations of them or copies of a CT" if second["others"] else ""
+        seen += (
+            " A second network, for patients whose guess misses the x-rays by more than "
+            f"{initial['second_from']:g}, went on from an earlier one with {second['n_train']} phantoms{others}, on "
+            f"{second['device']}: {'; '.join(steps)}. Its refinement is done {initial['second_passes']} times."
+        )
     judges = "L1 and commitment only; no perceptual and no adversarial loss"
     if stage == "decoder":
         judges = f"of the decoder, L1 and {SQUARE_WEIGHT:g} times the square; encoder and codes are START's"

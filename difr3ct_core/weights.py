@@ -178,8 +178,11 @@ def join_second(run: str | Path, second: str | Path, path: str | Path, passes: i
     load_state(inner, other[0].state_dict(), Path(second))
     stored = next(value.dtype for name, value in tensors.items() if name.startswith(prefix))
     tensors |= {f"{prefix}second.{name}": value.to(stored) for name, value in inner.state_dict().items()}
-    origin = {"history": training_history(other[2]), "preset": other[1].to_dict()}
-    origin |= {name: other[2]["fingerprint"][name] for name in ("others", "n_train") if name in other[2]["fingerprint"]}
+    known = training_history(metadata)
+    history = [h for h in training_history(other[2]) if h["kind"] != "ldm" and h not in known]
+    n_train, device = other[2]["fingerprint"]["n_train"], other[2]["provenance"]["device"]
+    others = other[2].get("initial_others") or other[2]["fingerprint"].get("others")
+    origin = {"history": history, "n_train": n_train, "others": others, "device": device}
     write_safetensors(path, tensors, {**metadata, "second": origin})
 
 

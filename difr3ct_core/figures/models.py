@@ -258,6 +258,18 @@ def noising(result: Result) -> Figure:
 
 
 @styled
+def variations(result: Result) -> Figure:
+    """A phantom, variations of it, and the real scan where it was fetched.
+
+    Arrays: ``volumes`` (chest z y x, HU); values ``names``, one each.
+    """
+    pairs = zip(result.values["names"], result.arrays["volumes"], strict=True)
+    figure, _ = slice_grid([Column(name, volume.astype(np.float32)) for name, volume in pairs], panel=1.7)
+    real = ", and the real chest that none of them is" if "LIDC-IDRI-0001" in result.values["names"] else ""
+    return finish(figure, result, f"One phantom, its variations{real}")
+
+
+@styled
 def diffusion_training(result: Result) -> Figure:
     """Training loss of each set of views, and the loss at each noise level with and without the right x-rays.
 
