@@ -1,9 +1,10 @@
 """What imperfect detectors cost (simulated): a model that learned from exact x-rays, and one that learned from theirs.
 
-    python benchmarks/detectors.py [--preset small] [--views 8view] [--patients 8] [--samples 4] --trained RUN
+    python benchmarks/detectors.py [--preset small] [--views 8view] [--patients 8] [--samples 4] [--trained RUN]
 
 On held-out phantoms, PSNR of the mean with the peak of the HU window: as drawn, corrected
-(:mod:`difr3ct_core.consistency`), and of total variation alone. ``RUN`` holds the other model, for instance of
+(:mod:`difr3ct_core.consistency`), and of total variation alone. ``RUN`` holds the other model; without it, its
+figures stay as they were measured before. For instance of
 
     S="--preset small --views 8view --detectors --run RUN --weights pretrained/small-ldm-8view.safetensors"
     I='initial.solver="none" initial.in_voxels=true initial.widths=[32,64,96,96] initial.features=128
@@ -38,6 +39,7 @@ from difr3ct_core.chapters import Chapter, open_chapter
 from difr3ct_core.datasets import Patients
 from difr3ct_core.detector import Detector, detect
 from difr3ct_core.diffusion import LatentDiffusion
+from difr3ct_core.files import read_json
 from difr3ct_core.reconstruct import posterior_samples
 from difr3ct_core.weights import latents_digest, load_ldm
 
@@ -73,22 +75,26 @@ def main() -> None:
     parser.add_argument("--views", default="8view")
     parser.add_argument("--patients", type=int, default=8)
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--trained", type=Path, required=True, help="run of a model that learned from such x-rays")
+    parser.add_argument("--trained", type=Path, help="run of a model that learned from such x-rays")
     options = parser.parse_args()
     chapter = open_chapter("detectors", options.preset, options.data)
     test = chapter.patients("test", options.views)
     some = test.take(range(min(options.patients, len(test))))
-    trained, autoencoder, _, metadata = load_ldm(options.trained / f"ldm-{options.views}", chapter.device)
-    if latents_digest(autoencoder) != latents_digest(chapter.vqgan()):
-        raise SystemExit(f"{options.trained}: was trained with another autoencoder; begin it with --weights.")
-    models = {"exact": chapter.ldm(options.views), "trained": trained}
-    about = {"trainings": metadata["history"], "detectors": metadata["fingerprint"].get("detectors")}
+    models, results = {"exact": chapter.ldm(options.views)}, ROOT / "benchmarks" / "results" / "trust.json"
+    before = read_json(results) if options.trained is None else {}
+    if options.trained is not None:
+        models["trained"], autoencoder, _, metadata = load_ldm(options.trained / f"ldm-{options.views}", chapter.device)
+        if latents_digest(autoencoder) != latents_digest(chapter.vqgan()):
+            raise SystemExit(f"{options.trained}: was trained with another autoencoder; begin it with --weights.")
+        about = {"trainings": metadata["history"], "detectors": metadata["fingerprint"].get("detectors")}
     volume, figures = chapter.preset.volume, {}
     for name, detector in CONDITIONS.items():
         noise = torch.Generator().manual_seed(chapter.seed)
         seen = dataclasses.replace(some, xrays=detect(some.xrays, some.views, detector, noise))
         mu = tv_body(seen.xrays, some.views, volume.shape, volume.spacing_mm)
         found = {key: ways(ldm, chapter, seen, options.samples) for key, ldm in models.items()}
+        if options.trained is None:
+            about, found["trained"] = (before[f"detector_{name}"][key] for key in ("training", "trained"))
         figures[f"detector_{name}"] = {
             "value": found["exact"]["none"]["psnr"], "unit": "dB", "patients": len(some), "samples": options.samples,
             "views": options.views, "training": about,
@@ -97,8 +103,8 @@ def main() -> None:
         row = {key: {way: round(v["psnr"], 2) for way, v in found[key].items()} for key in found}
         print(f"{name}: solver {figures[f'detector_{name}']['solver']['psnr']:.2f} {row}", flush=True)
     words = f"python benchmarks/detectors.py --preset {options.preset} --views {options.views}"
-    words += f" --patients {options.patients} --samples {options.samples} --trained RUN"
-    update_results(ROOT / "benchmarks" / "results" / "trust.json", figures, words)
+    words += f" --patients {options.patients} --samples {options.samples}{' --trained RUN' if options.trained else ''}"
+    update_results(results, figures, words)
 
 
 if __name__ == "__main__":

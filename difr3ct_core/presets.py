@@ -351,7 +351,7 @@ PRESETS: dict[str, Preset] = {
         cohort=CohortPreset(n_train=768, n_val=32, n_test=32, draw_size=64),
         vqgan=VQGANPreset(base_channels=16, codebook_size=4096),
         fusion=FusionPreset(widths=(32, 64, 96, 96), out_channels=32),
-        # Six of these models and their autoencoder ship, in some 65 MB.
+        # Six of these models and their autoencoder ship, in some 80 MB.
         unet=UNetPreset(widths=(32, 80, 96), blocks_per_level=1, attention_from_level=2, heads=4, head_channels=32),
         diffusion=DiffusionPreset(prediction="v"),
         sampling=SamplingPreset(n_samples=4, anchor=1.0),
