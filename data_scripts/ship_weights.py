@@ -98,7 +98,7 @@ def card(model: str, metadata: dict[str, Any], megabytes: float, measured: Path,
         seen += f" X-rays of simulated imperfect detectors: {metadata['fingerprint']['detectors']}."
     if second := metadata.get("second"):
         steps = (f"{h['steps']} steps of {h['batch_size']}, {h['wall_s'] / 60:.0f} min" for h in second["history"])
-        others = f" and {second['others'][0]} variations of them or copies of a CT" if second["others"] else ""
+        others = f" and {second['others'][0]} further volumes" if second["others"] else ""
         seen += (
             " A second network, for patients whose guess misses the x-rays by more than "
             f"{initial['second_from']:g}, went on from an earlier one with {second['n_train']} phantoms{others}, on "
