@@ -42,7 +42,8 @@ def settings_of(stage: str, preset: dict[str, Any]) -> str:
         ("cohort", "cohort."),
     ):
         changed = {k: v for k, v in preset.get(section, {}).items() if usual[section].get(k) != v}
-        words += [f"{mark}{name}={json.dumps(value)}" for name, value in changed.items()]
+        # A second initial network is put in afterwards (weights.join_second).
+        words += [f"{mark}{k}={json.dumps(v)}" for k, v in changed.items() if not k.startswith("second_")]
     return f" --set {' '.join(words)}" if words else ""
 
 

@@ -72,10 +72,10 @@ def deformed_copies(
         # Beyond the scan its last slice goes on: a trunk does not end in air.
         copy = (
             F.grid_sample(density, at, padding_mode="border", align_corners=False)
-            * (1 + _draw(-d.density, d.density, generator))
+            * (1 + evenly_drawn(-d.density, d.density, generator))
             + AIR_HU
         )
-        copy = torch.where(copy > AIR_HU + 100, copy + _draw(-d.offset_hu, d.offset_hu, generator), copy)
+        copy = torch.where(copy > AIR_HU + 100, copy + evenly_drawn(-d.offset_hu, d.offset_hu, generator), copy)
         copies.append(F.avg_pool3d(copy, edge // volume.size)[0].clamp(volume.hu_min, volume.hu_max))
     return torch.stack(copies)
 
@@ -96,7 +96,8 @@ def warped(
     return torch.cat([F.grid_sample(v, at, padding_mode="border", align_corners=False) for v, at in pairs])
 
 
-def _draw(low: float, high: float, generator: torch.Generator) -> float:
+def evenly_drawn(low: float, high: float, generator: torch.Generator) -> float:
+    """A number between the two."""
     return low + (high - low) * float(torch.rand((), generator=generator))
 
 
@@ -105,7 +106,7 @@ def random_map(edge: int, fov_mm: float, d: Deformation, generator: torch.Genera
     unit = 2 / fov_mm
 
     def draw(low: float, high: float) -> float:
-        return _draw(low, high, generator)
+        return evenly_drawn(low, high, generator)
 
     angles = (draw(-d.turn_deg, d.turn_deg), draw(-d.turn_deg, d.turn_deg), draw(-d.turn_deg, d.turn_deg))
     turn = torch.as_tensor(rotation_xyz(angles), dtype=torch.float32)

@@ -61,7 +61,8 @@ def train_initial(
             phantoms, that a network in voxels learns from.
 
     Raises:
-        InputError: the preset has no initial network, ``start`` is of another shape, or there is no guess to refine.
+        InputError: the preset has no initial network, ``start`` is of another shape, there is no guess to refine,
+            further patients that this network cannot learn from, or a preset with a second network.
     """
     if not preset.initial.network:
         raise InputError(f"initial.network: is false in preset {preset.name!r}; set it to true to train one.")

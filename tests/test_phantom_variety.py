@@ -74,7 +74,6 @@ def test_a_table_lies_behind_the_back_and_not_in_the_body(phantoms):
         middle = torch.where(where[i][:, :, 12:20].any(-1), rows[i], 99).amin(-1).float()
         seen = middle < 99
         assert float((middle[seen] - backs[seen]).median()) > -2
-    assert float((hu + found).max()) <= VOLUME.hu_max
 
 
 def test_bones_and_lungs_have_other_densities(phantoms):

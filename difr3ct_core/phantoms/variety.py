@@ -16,14 +16,16 @@ alone: test phantoms stay those of the cohort.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Integer, UInt8
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from ..deformation import Deformation, random_map
+from ..deformation import Deformation, evenly_drawn, random_map
 from ..files import InputError
 from ..presets import VolumePreset
 from .anatomy import LABELS
@@ -60,7 +62,7 @@ def varied(
     seed: int = 0,
     limits: Variety | None = None,
 ) -> Float[Tensor, "b 1 z y x"]:
-    """Variations of phantoms in HU, clipped to the window of ``volume``; on the device of ``hu``.
+    """Variations of phantoms in HU, clipped to the window of ``volume``.
 
     Args:
         hu, labels: phantoms and their organs, see ``LABELS``.
@@ -85,9 +87,9 @@ def _one(hu: Tensor, labels: Tensor, volume: VolumePreset, seed: int, limits: Va
     generator = torch.Generator().manual_seed(seed)
 
     def draw(ends: tuple[float, float]) -> float:
-        return ends[0] + (ends[1] - ends[0]) * float(torch.rand((), generator=generator))
+        return evenly_drawn(*ends, generator)
 
-    at = random_map(volume.size, volume.fov_mm, limits.shape, generator).to(hu.device)
+    at = random_map(volume.size, volume.fov_mm, limits.shape, generator)
     hu = F.grid_sample(hu[None, None], at, padding_mode="border", align_corners=False)[0, 0]
     labels = F.grid_sample(labels[None, None].float(), at, "nearest", "border", align_corners=False)[0, 0].long()
     # Organ by organ.
@@ -101,37 +103,29 @@ def _one(hu: Tensor, labels: Tensor, volume: VolumePreset, seed: int, limits: Va
         added[LABELS[name]] += blood * draw((0.6, 1.1))
     for name in _ORGANS:
         added[LABELS[name]] += blood * draw((0.0, 0.35))
-    change = added.to(hu)[labels]
-    heart = (labels == LABELS["heart"]).to(hu)
+    change = added[labels]
+    heart = (labels == LABELS["heart"]).float()
     # The wall of the heart takes up little of it: its chambers lie a centimetre inside.
-    inside = ((_blurred(heart, 10 / volume.spacing_mm) - 0.5) * 2).clamp(0, 1)
-    across = torch.linspace(-1, 1, volume.size, device=hu.device) * 3  # +x is the left; the heart is a third as wide
+    inside = ((_blurred(heart, 10.0, volume.spacing_mm) - 0.5) * 2).clamp(0, 1)
+    across = torch.linspace(-1, 1, volume.size) * 3  # +x is the left; the heart is a third as wide
     change = change + heart * (0.3 + 0.7 * inside) * blood * (1 + draw(limits.chamber) * across.clamp(-1, 1))
-    hard = torch.zeros(len(LABELS), device=hu.device)
+    hard = torch.zeros(len(LABELS))
     hard[[LABELS[name] for name in _BONES]] = draw(limits.bone) - 1
-    hu = hu + _blurred(change, 3 / volume.spacing_mm) + hard[labels] * (hu - 60).clamp_min(0)
-    hu = hu + draw(limits.grain_hu) * torch.randn(hu.shape, generator=generator).to(hu) * (hu > -950)
+    hu = hu + _blurred(change, 3.0, volume.spacing_mm) + hard[labels] * (hu - 60).clamp_min(0)
+    hu = hu + draw(limits.grain_hu) * torch.randn(hu.shape, generator=generator) * (hu > -950)
     if draw((0.0, 1.0)) < limits.table:
         hu = _on_table(hu, volume, draw)
     return hu.clamp(volume.hu_min, volume.hu_max)
 
 
-def _blurred(volume: Tensor, deviation: float) -> Tensor:
-    """A Gaussian blur, its standard deviation in voxels."""
-    reach = max(1, round(3 * deviation))
-    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1.0, device=volume.device) / deviation) ** 2)
-    weights = weights / weights.sum()
-    for axis in range(3):
-        shape = [1, 1, 1, 1, 1]
-        shape[axis + 2] = len(weights)
-        volume = F.conv3d(volume[None, None], weights.view(shape), padding="same")[0, 0]
-    return volume
+def _blurred(volume: Tensor, deviation_mm: float, spacing_mm: float) -> Tensor:
+    return torch.from_numpy(gaussian_filter(volume.numpy(), deviation_mm / spacing_mm, mode="constant", truncate=3.0))
 
 
-def _on_table(hu: Tensor, volume: VolumePreset, draw) -> Tensor:
+def _on_table(hu: Tensor, volume: VolumePreset, draw: Callable[[tuple[float, float]], float]) -> Tensor:
     """A cushion and a bent plate of foam in a shell, behind the back."""
     d, n = volume.spacing_mm, volume.size
-    axis = (torch.arange(n, device=hu.device) - (n - 1) / 2) * d
+    axis = (torch.arange(n) - (n - 1) / 2) * d
     body = (hu > _OUTLINE_HU)[:, :, n // 4 : -(n // 4)].any(-1)  # (z, y)
     rows = torch.where(body, axis, axis.new_full((), -1e4)).amax(1)
     back = rows[rows > -1e4].median() if (rows > -1e4).any() else axis[-1]
