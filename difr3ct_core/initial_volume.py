@@ -186,27 +186,25 @@ class InitialVolume(nn.Module):
 
     Args:
         preset: ``initial``, grid, window and scale of the x-rays.
+        passes: of the refinement and the move after it.
 
     Raises:
         InputError: a solver, which nothing here asks.
     """
 
-    def __init__(self, preset: Preset) -> None:
+    def __init__(self, preset: Preset, passes: int = 1) -> None:
         super().__init__()
         p = preset.initial
         if p.solver != "none":
             raise InputError(f"initial.solver: found {p.solver!r} beside in_voxels, expected 'none'.")
-        self.preset = preset
+        self.preset, self.passes = preset, passes
         self.field = ImplicitVolume(
             FusionPreset(p.widths, p.features), p.width, p.view_layers, p.joint_layers, p.octaves, p.omega,
             preset.xray.scale, preset.volume.fov_mm,
         )  # fmt: skip
         self.refinement = Refinement(2, p.refine_widths) if p.refine_widths else None
         alone = preset.replace(initial={"second_from": 0.0, "refine_from": 0.0})
-        self.second = InitialVolume(alone) if p.second_from and p.refine_widths else None
-        self.passes = 1  # of the refinement and the move after it
-        if self.second is not None:
-            self.second.passes = p.second_passes
+        self.second = InitialVolume(alone, p.second_passes) if p.second_from and p.refine_widths else None
 
     def forward(self, xrays: Float[Tensor, "b n v u"], views: Sequence[View]) -> Float[Tensor, "b 1 z y x"]:
         """The volume in [-1, 1] that line integrals suggest.

@@ -10,7 +10,9 @@ import torch
 
 from difr3ct_core.chapters import Chapter, open_chapter, pick_device, project_root
 from difr3ct_core.files import InputError
+from difr3ct_core.phantoms.variety import varied
 from difr3ct_core.presets import VIEW_SETS, Preset, get_preset
+from difr3ct_core.weights import load_initial
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,6 +73,38 @@ def test_data_and_models_are_made_once_and_loaded_afterwards(chapter: Chapter):
     assert weights.stat().st_mtime_ns == made
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_variations_are_those_of_the_training_patients_in_turn(chapter: Chapter, monkeypatch):
+    train = chapter.patients("train")
+    assert len(train) == 3
+    five = chapter.variations(5)
+    rows = [0, 1, 2, 0, 1]
+    for i in (0, 3, 4):  # each is drawn by its own number, however many are asked for
+        alone = varied(train.hu[[rows[i]]], train.labels[[rows[i]]], train.volume, seed=chapter.seed + i)
+        assert torch.equal(five[i], alone[0])
+    assert not torch.equal(five[0], five[3])  # the same patient, varied anew
+    # On many cores they are the same.
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from _one_gpu import OwnModels
+
+    many = OwnModels("test", chapter.preset, chapter.data, chapter.run, chapter.seed, chapter.device)
+    assert torch.equal(many.variations(5), five)
+    lidc = Chapter("test", get_preset("small-lidc"), chapter.data, chapter.run, 0, chapter.device)
+    with pytest.raises(InputError, match=r"initial.varied: varies phantoms by their labels, and the patients of"):
+        lidc.variations(1)
+
+
+def test_a_network_learns_from_variations_where_the_preset_says_so(chapter: Chapter):
+    preset = chapter.preset.replace(
+        initial={"network": True, "solver": "none", "in_voxels": True, "varied": 0.67, "points": 64,
+                 "widths": (8, 8), "features": 8, "width": 8},
+        train_initial={"steps": 2, "batch_size": 2, "warmup_steps": 0},
+    )  # fmt: skip
+    one = Chapter("test", preset, chapter.data, chapter.run / "varied", 0, chapter.device)
+    one.initial("2view")
+    number, share, _ = load_initial(one.run / "initial-2view")[2]["fingerprint"]["others"]
+    assert (number, share) == (2, 0.4)
 
 
 def test_without_the_real_scan_there_is_none(chapter: Chapter):

@@ -17,6 +17,7 @@ from ..diffusion import Schedule, diffusion_loss
 from ..fusion import Fusion
 from ..geometry import View
 from ..presets import Preset
+from ..progress import progress
 from ..sampling import draw
 from ..unet import UNet3d
 from .network import Baseline
@@ -62,7 +63,7 @@ class VoxelDiffusion(Baseline):
         p, size = self.preset.sampling, self.settings.sample_batch
         condition = torch.cat([self.condition(images[None].to(self.device)) for images in xrays])
         found = []
-        for start in range(0, len(xrays) * n_samples, size):
+        for start in progress(range(0, len(xrays) * n_samples, size), "samples of 3D Diffusion"):
             index = range(start, min(start + size, len(xrays) * n_samples))
             volume = draw(
                 self.unet,
