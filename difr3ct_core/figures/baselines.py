@@ -168,7 +168,8 @@ def views_side_by_side(result: Result) -> Figure:
             if entry := _entry(result, method, name):
                 ax.set_xlabel(f"{entry['psnr']['patients'][0]:.1f} dB", fontsize=9)
     colour_bar(figure, image, axes.ravel().tolist(), CT.label)
-    return finish(figure, result, f"One patient, fewer and fewer x-rays, {result.values['cohort']} cohort")
+    message = "fewer and fewer x-rays" if len(sets) > 1 else VIEW_NAMES[sets[0]]
+    return finish(figure, result, f"One patient, {message}, {result.values['cohort']} cohort")
 
 
 @styled
