@@ -18,8 +18,8 @@ from .fusion import UNet2d
 from .geometry import View, voxel_centres, world_to_detector
 from .presets import FusionPreset
 
-#: Voxels that a whole volume is evaluated at, at once, per view.
-CHUNK = 2**16
+#: Voxels that a whole volume is evaluated at, at once, on a CPU, whose cache holds what so many need.
+CHUNK = 2**12
 
 
 class SineLayers(nn.Module):
@@ -46,6 +46,10 @@ class SineLayers(nn.Module):
         for layer in self.layers:
             x = torch.sin(self.omega * layer(x))
         return x
+
+    def scaled(self) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's weight and bias times omega: what its sine is of."""
+        return [(self.omega * layer.weight, self.omega * layer.bias) for layer in self.layers]
 
 
 def fourier_features(coordinates: Float[Tensor, "*any 3"], octaves: int) -> Float[Tensor, "*any k"]:
@@ -142,16 +146,34 @@ class ImplicitVolume(nn.Module):
         found = self.at(self.features(xrays, views), views, points[rows])
         return (found - values.gather(1, rows)).square().mean(1)
 
+    @torch.no_grad()
     def volume(
         self, xrays: Float[Tensor, "b n v u"], views: Sequence[View], shape: Sequence[int], spacing_mm: float
     ) -> Float[Tensor, "b 1 z y x"]:
-        """Whole volumes, clipped to [-1, 1]: one patient and :data:`CHUNK` points at a time."""
-        z, y, x = shape
-        points = voxel_centres((z, y, x), (spacing_mm,) * 3).view(-1, 3).to(xrays)
-        volumes = []
-        for images in xrays:
-            features = self.features(images[None], views)
-            at_once = CHUNK if xrays.device.type == "cpu" else 4 * CHUNK
-            parts = [self.at(features, views, some[None])[0] for some in points.split(at_once)]
-            volumes.append(torch.cat(parts).view(1, z, y, x).clamp(-1, 1))
-        return torch.stack(volumes)
+        """Whole volumes, clipped to [-1, 1]: what :meth:`at` says of every voxel, without a gradient but faster.
+
+        The first layer is linear and so is the interpolation of features. So the layer's part for features is applied
+        to the pixels, which are fewer than the points, and its part for places once for all views and patients.
+        """
+        points = voxel_centres(tuple(shape), (spacing_mm,) * 3).view(-1, 3).to(xrays)
+        (weight, bias), *further = self.per_view.scaled()
+        joint, count = self.joint.scaled(), weight.shape[1] - (3 + 6 * self.octaves)
+        features = (self.features(some[None], views)[0] for some in xrays)
+        images = [torch.einsum("ok,nkvu->novu", weight[:, :count], some) for some in features]
+        parts = []
+        for some in points.split(CHUNK if xrays.device.type == "cpu" else 64 * CHUNK):
+            place = F.linear(fourier_features(some * (2 / self.fov_mm), self.octaves), weight[:, count:], bias)
+            for image in images:
+                total = torch.zeros_like(place)
+                for i, view in enumerate(views):
+                    seen = sample_features(image[None, i], view, some[None])[0]
+                    total += _sines((seen + place).sin_(), further)
+                parts.append(self.head(_sines(total / len(views), joint))[:, 0])
+        found = torch.stack([torch.cat(parts[i :: len(xrays)]) for i in range(len(xrays))])
+        return found.view(-1, 1, *shape).clamp(-1, 1)
+
+
+def _sines(x: Float[Tensor, "p ci"], layers: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "p co"]:
+    for weight, bias in layers:
+        x = F.linear(x, weight, bias).sin_()
+    return x

@@ -14,7 +14,7 @@ from difr3ct_core.baselines.inrr3ct import INRR3CT
 from difr3ct_core.baselines.network import load_network, train_network
 from difr3ct_core.datasets import preset_views
 from difr3ct_core.files import InputError
-from difr3ct_core.geometry import standard_views
+from difr3ct_core.geometry import standard_views, voxel_centres
 from difr3ct_core.implicit import SineLayers, fourier_features, sample_features
 from difr3ct_core.presets import TrainPreset
 from difr3ct_core.weights import training_history
@@ -75,6 +75,22 @@ def test_order_of_the_views_does_not_matter_but_their_angles_do():
     turned.load_state_dict(network.state_dict())
     torch.testing.assert_close(turned.reconstruct(one.xrays.flip(1)), volume, atol=1e-4, rtol=1e-3)
     assert float((network.reconstruct(one.xrays.flip(1)) - volume).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["parallel", "cone"])
+def test_a_volume_is_the_field_at_every_voxel(mode):
+    """Two patients, a grid of three different edges, some of it beyond the detectors."""
+    network, xrays = model(), patients(2).with_views("4view").xrays.double()
+    stir(network)  # to weights that magnify rounding a thousandfold
+    field, shape, spacing = network.field.double(), (5, 9, 24), 30.0
+    views = standard_views([0.0, 30.0, 90.0, 200.0], 16, SMALL.volume.fov_mm, mode)
+    points = voxel_centres(shape, (spacing,) * 3).view(1, -1, 3).expand(2, -1, -1).double()
+    assert not sample_features(torch.ones(2, 1, 16, 16), views[2], points).all()
+    with torch.no_grad():
+        expected = field.at(field.features(xrays, views), views, points).view(2, 1, *shape)
+    assert expected.std() > 0.05 and (expected.abs() < 1).float().mean() > 0.5
+    found = field.volume(xrays, views, shape, spacing)
+    torch.testing.assert_close(found, expected.clamp(-1, 1), atol=1e-9, rtol=0)
 
 
 def test_chunks_make_no_difference(monkeypatch):
