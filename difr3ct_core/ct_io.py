@@ -4,6 +4,9 @@ Files are reoriented once, here. A file whose axes are only permuted or flipped 
 oblique or sheared one (a tilted gantry) is resampled to the smallest axis-aligned grid that holds it. After that,
 arrays are ``(z, y, x)`` with +x to the patient's Left, +y Posterior, +z Superior, as in DICOM and ITK. NIfTI counts
 x and y the other way (RAS), which only this file needs to know.
+
+The libraries that read and resample are imported where they are used: that takes seconds on a slow disk, and every
+worker and command of this project would wait for them, whether it opens a file or not.
 """
 
 from __future__ import annotations
@@ -13,19 +16,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
 import torch
 from jaxtyping import Float, Integer
-from nibabel.filebasedimages import ImageFileError
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .ct_dicom import read_dicom_series
 from .files import InputError, atomic_path, require_file
+
+if TYPE_CHECKING:
+    import nibabel as nib
 
 #: HU of air, and the least value a CT here has: scanners store -2048 and the like outside their field of view.
 AIR_HU = -1024.0
@@ -123,6 +124,8 @@ def to_lps(
     Returns:
         the array ``(z, y, x)`` and its diagonal, positive affine.
     """
+    from scipy.optimize import linear_sum_assignment
+
     affine = check_affine(affine, name)
     matrix, shape = affine[:3, :3], np.array(array.shape[::-1])
     spacing = np.linalg.norm(matrix, axis=0)
@@ -148,6 +151,8 @@ def to_lps(
                 f"{name}: the affine {matrix.round(4).tolist()} is so oblique that the volume would grow from "
                 f"{shape.tolist()} to {count.tolist()} voxels, expected axes nearly at right angles; check it."
             )
+        import SimpleITK as sitk
+
         image = sitk.GetImageFromArray(array)
         image.SetOrigin(affine[:3, 3].tolist())
         image.SetSpacing(spacing.tolist())
@@ -183,6 +188,8 @@ def read_ct(path: str | Path, series_uid: str | None = None, files: Sequence[str
     if path.is_dir() or not path.name.lower().endswith((".nii", ".nii.gz")):
         if not path.is_dir():
             require_file(path, "a CT as NIfTI (.nii, .nii.gz) or DICOM")
+        from .ct_dicom import read_dicom_series
+
         array, affine = read_dicom_series(path, series_uid, files)
     else:
         array, affine = _read_nifti(path, "a CT as NIfTI")
@@ -233,6 +240,9 @@ def check_hu(array: Float[np.ndarray, "*any"], name: str, warn: bool = True) -> 
 
 def _read_nifti(path: Path, what: str) -> tuple[np.ndarray, np.ndarray]:
     """Array ``(k, j, i)`` and affine to LPS mm, still in the file's own orientation."""
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+
     require_file(path, what)
     try:
         with nib.openers.ImageOpener(path, "rb") as handle:
@@ -301,6 +311,8 @@ def nifti_facts(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: not NIfTI.
     """
+    import nibabel as nib
+
     path = require_file(path, "a CT as NIfTI")
     try:
         image = nib.load(path)
@@ -352,6 +364,8 @@ def write_nifti(
                 f"{path}: values run from {array.min():g} to {array.max():g}, expected what {kind} holds "
                 f"({limits.min} to {limits.max}); clip them or write float32."
             )
+    import nibabel as nib
+
     image = nib.Nifti1Image(np.ascontiguousarray(array.astype(kind).transpose(2, 1, 0)), _RAS_TO_LPS @ affine)
     # Code 1 is "scanner": without both codes readers guess the orientation.
     image.set_sform(image.affine, code=1)
